@@ -92,7 +92,7 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
         super().__init__()
         self.name, self.pooling, self.key_scale = name, pooling, key_scale
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -152,7 +152,7 @@ class CollectAttnProcessor:
 class TextAttnProcessor(AttnProcessor2_0):
     """`attn2` of both UNets: diffusers' own cross-attention, deaf to what is meant for `attn1`."""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,

@@ -6,6 +6,9 @@ alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]) and t i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -34,3 +37,23 @@ def target(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_
 def loss_per_sample(predicted: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared error of each sample, (B,) float32. Algorithm 1 prints `noisedtar - predtar`: a misprint."""
     return (predicted.float() - wanted.float()).square().flatten(1).mean(1)
+
+
+def draw(seeds: Tensor, *shapes: Sequence[int]) -> tuple[Tensor, ...]:
+    """All that a training step draws by chance, each sample's from its own seed alone.
+
+    So neither the other samples of a batch, nor the split over processes, nor an interruption changes anything.
+
+    Args:
+        seeds: (B,) int64.
+        shapes: of the noises, each (B, ...).
+
+    Returns:
+        A standard normal tensor for each shape, and (B, 3) uniform in [0, 1): all float32 on the CPU.
+    """
+    rows = []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(3, generator=generator)
+        rows.append([*(torch.randn(shape[1:], generator=generator) for shape in shapes), uniform])
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))

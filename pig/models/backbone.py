@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UniPCMultistepScheduler
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import is_offline_mode
 
 from pig import diffusion
 from pig.errors import InputError
@@ -55,7 +55,7 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
         )
     except (OSError, ValueError) as error:
         where = "folder" if Path(source).exists() else "hub id (there is no such folder)"
-        mode = "offline (HF_HUB_OFFLINE is set)" if is_offline_mode() else "online"
+        mode = "offline (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "online"
         raise InputError(
             f"cannot load the base model: tried {where} {source!r}, {mode}. It must be in diffusers' layout (vae/, "
             f"text_encoder/, tokenizer/, unet/, scheduler/). The cause: {str(error).splitlines()[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 from diffusers import UNet2DConditionModel
@@ -63,15 +64,13 @@ class TwoUNet(nn.Module):
             raise ValueError(f"reference latents must be (B, K, 4, h, w), got {tuple(latents.shape)}")
         count = latents.shape[1]
         collected: dict[str, Tensor] = {}
-        try:
+        with contextlib.suppress(LastLayerReachedError):
             self.reference_unet(
                 latents.flatten(0, 1),
                 timesteps.repeat_interleave(count),
                 text.repeat_interleave(count, dim=0),
                 cross_attention_kwargs={"collected": collected},
             )
-        except LastLayerReachedError:
-            pass
         # A new dict: gradient checkpointing runs the layers again and would write into this one.
         return {name: f_ref.unflatten(0, (-1, count)) for name, f_ref in collected.items()}
 

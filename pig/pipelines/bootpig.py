@@ -27,6 +27,13 @@ from pig.models.backbone import check_size, decode_latents, encode_images, token
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.guidance import image_text_guidance
 
+ReferenceCaption = Literal["caption", "object"]
+
+
+def reference_prompt(caption: str, kind: ReferenceCaption) -> str:
+    """What the Reference UNet is told: the caption (paper), or its words before the first comma (release)."""
+    return caption if kind == "caption" else caption.split(",")[0]
+
 
 class BootPIGPipeline(DiffusionPipeline):
     """Prompt and reference images in, images of that subject out.
@@ -36,8 +43,7 @@ class BootPIGPipeline(DiffusionPipeline):
         base_unet, reference_unet: trained; see `pig.models.two_unet.TwoUNet`.
         pooling, reference_key_scale: see `TwoUNet`.
         reference_timestep: the fixed t at which references are noised and read; None takes the step's own t.
-        reference_caption: what the Reference UNet is told: the whole prompt (`caption`), or the words before its
-            first comma (`object`).
+        reference_caption: see `reference_prompt`.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class BootPIGPipeline(DiffusionPipeline):
         pooling: Pooling = "softmax",
         reference_key_scale: float = 1.0,
         reference_timestep: int | None = None,
-        reference_caption: Literal["caption", "object"] = "caption",
+        reference_caption: ReferenceCaption = "caption",
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -112,8 +118,8 @@ class BootPIGPipeline(DiffusionPipeline):
         self._check_memory(len(prompts), len(per_prompt[0]), num_images_per_prompt, height, width)
 
         z_ref = torch.stack([self._encode_references(pictures, height, width) for pictures in per_prompt])
-        told = prompts if self.config.reference_caption == "caption" else [p.split(",")[0] for p in prompts]
-        text, reference_text = self._encode_text(prompts), self._encode_text(told)
+        text = self._encode_text(prompts)
+        reference_text = self._encode_text([reference_prompt(one, self.config.reference_caption) for one in prompts])
         text = text.repeat_interleave(num_images_per_prompt, dim=0)
         empty = self._encode_text([""]).expand_as(text)
 

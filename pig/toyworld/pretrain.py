@@ -446,7 +446,9 @@ class UNetStage(Stage):
 
     @torch.no_grad()
     def dataset(self) -> Dataset[Any]:
-        images, subjects, background = random_scenes(24_000, first_seed=0)
+        subjects = [scene.make_subject(seed) for seed in range(24_000)]
+        background = [scene.training_background(s.category, seed) for seed, s in enumerate(subjects)]
+        images = render(range(24_000), background, subjects)
         facts = torch.tensor([facts_of(s, b) for s, b in zip(subjects, background, strict=True)])
         vae = self.frozen["vae"].to(self.device)
         latents = []
@@ -488,8 +490,12 @@ class UNetStage(Stage):
         )
         clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
         subjects = [scene.make_subject(scene.HELD_OUT_SEED + i) for i in range(500)]
-        facts = torch.tensor([facts_of(s, PLACES[i % len(PLACES)]) for i, s in enumerate(subjects)])
-        prompts = [scene.caption(CATEGORIES[c], PLACES[p]) for c, p, _ in facts.tolist()]
+        background = [scene.held_out_background(subject.category) for subject in subjects]
+        facts = torch.tensor([facts_of(s, b) for s, b in zip(subjects, background, strict=True)])
+        prompts = [
+            scene.caption(scene.object_phrase(s, with_colour=i % 5 == 0), b)
+            for i, (s, b) in enumerate(zip(subjects, background, strict=True))
+        ]
         base.set_progress_bar_config(disable=True)
         images = []
         for start in tqdm(range(0, len(prompts), 20), desc="sampling", mininterval=5):

@@ -102,6 +102,18 @@ def make_subject(seed: int, category: str | None = None) -> Subject:
     )
 
 
+def held_out_background(category: str) -> str:
+    """The background that no training picture shows with this category: what held-out prompts ask for."""
+    names = list(BACKGROUNDS)
+    return names[(CATEGORIES.index(category) + 3) % len(names)]
+
+
+def training_background(category: str, number: int) -> str:
+    """Any other background, by number."""
+    names = [name for name in BACKGROUNDS if name != held_out_background(category)]
+    return names[number % len(names)]
+
+
 def object_phrase(subject: Subject, with_colour: bool = False) -> str:
     return f"{subject.colour} {subject.category}" if with_colour else subject.category
 

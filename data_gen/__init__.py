@@ -1,0 +1,1 @@
+"""Make training data: triplet shards in the contract of `pig.data.schema`."""

@@ -1,0 +1,132 @@
+"""Lightning callbacks: exponential moving average of the trainable weights, and scores and samples at validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from pig.data.images import Job
+from pig.data.subjects import SubjectFolder, read_subjects
+from pig.data.transforms import grid, load_image
+from pig.errors import InputError
+from pig.evaluation.metrics import ClipEncoder, DinoEncoder, SubjectScores
+from pig.methods.base import PersonalisationModule
+from pig.models.backbone import resolve
+
+
+class EMA(Callback):
+    """Keep a moving average of the trainable weights: ema <- decay ema + (1 - decay) weights, after each step.
+
+    Validation and `export` use the average; training goes on with the weights themselves. (Lightning's own
+    EMAWeightAveraging copies the frozen parts too, and puts them into every checkpoint.)
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 < decay < 1:
+            raise InputError(f"EMA decay must lie between 0 and 1, got {decay}")
+        self.decay, self.average, self.step = decay, dict[str, Tensor](), 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = _trainable(pl_module)
+        kept = self.average
+        self.average = {
+            name: kept[name].to(weight.device) if name in kept else weight.detach().clone()
+            for name, weight in weights.items()
+        }
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:  # in the middle of an accumulation
+            return
+        self.step = trainer.global_step
+        weights = _trainable(pl_module)
+        torch._foreach_lerp_(
+            list(self.average.values()), [weights[name].detach() for name in self.average], 1 - self.decay
+        )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        weights = _trainable(pl_module)
+        for name, average in self.average.items():
+            current = weights[name].detach().clone()
+            weights[name].data.copy_(average)
+            average.copy_(current)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.step = dict(state["average"]), state["step"]
+
+
+def _trainable(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
+    assert isinstance(pl_module, PersonalisationModule)
+    return pl_module.trainable()
+
+
+class SubjectSamples(Callback):
+    """At each validation: draw held-out subjects, log CLIP-T, CLIP-I and DINO, and save a grid of samples.
+
+    The networks live here, in no checkpoint and no optimizer.
+
+    Args:
+        subjects: a folder of subjects (`pig.data.subjects`).
+        clip, dino: folders or hub ids in transformers' format, or `toyworld`.
+        max_subjects: how many of the subjects are drawn, one image each, prompts in turn.
+        references: pictures given for each.
+        steps, image_guidance, text_guidance: of the sampling.
+    """
+
+    def __init__(
+        self,
+        subjects: str,
+        clip: str,
+        dino: str,
+        max_subjects: int = 8,
+        references: int = 1,
+        steps: int = 20,
+        image_guidance: float = 5.0,
+        text_guidance: float = 7.5,
+    ) -> None:
+        self.folder, self.clip_name, self.dino_name = subjects, clip, dino
+        self.max_subjects, self.references = max_subjects, references
+        self.sampling = {
+            "num_inference_steps": steps,
+            "image_guidance": image_guidance,
+            "text_guidance": text_guidance,
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.subjects: list[SubjectFolder] = read_subjects(self.folder)[: self.max_subjects]
+        self.clip = ClipEncoder(resolve(self.clip_name, "clip"))
+        self.dino = DinoEncoder(resolve(self.dino_name, "dino"))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PersonalisationModule)
+        pipeline, scores, rows = pl_module.pipeline(), SubjectScores(len(self.subjects), self.clip, self.dino), []
+        # Every rank draws its share; the metrics are summed over ranks.
+        for index in range(trainer.global_rank, len(self.subjects), trainer.world_size):
+            subject = self.subjects[index]
+            job = Job(subject, index % len(subject.prompts), seed=index)
+            references = subject.references(self.references)
+            generator = torch.Generator().manual_seed(job.seed)
+            image = pipeline(job.prompt, references, generator=generator, **self.sampling).images[0]
+            real = [load_image(path) for path in subject.images]
+            scores.update(index, [image], [job.prompt_index], real, subject.prompts)
+            rows.append([*references, image])
+        for name, metric in scores.metrics.items():
+            pl_module.log(f"val/{name}", metric.to(pl_module.device).compute(), rank_zero_only=trainer.world_size == 1)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet = grid(rows, size=128)
+        sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")

@@ -1,0 +1,185 @@
+"""The one command line: `python -m pig.cli SUBCOMMAND`.
+
+    fit | validate | test        LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it
+    generate                     draw a subject with a trained model
+    evaluate                     score a folder of generated images
+    export                       a checkpoint -> a loadable model folder
+
+`python -m pig.cli SUBCOMMAND --help` lists the arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from pig.data.images import Job, save_generated
+from pig.data.modules import TripletDataModule
+from pig.data.subjects import SubjectFolder, load_cutout, read_subjects
+from pig.errors import InputError
+from pig.evaluation.benchmark import score_folder
+from pig.evaluation.metrics import ClipEncoder, DinoEncoder
+from pig.methods.base import PersonalisationModule
+from pig.methods.bootpig import BootPIG
+from pig.models.backbone import resolve
+from pig.pipelines import BootPIGPipeline
+
+# `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
+jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+class CLI(LightningCLI):
+    """LightningCLI in subclass mode with the omegaconf parser, so that configs may interpolate."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            PersonalisationModule,
+            TripletDataModule,
+            subclass_mode_model=True,
+            parser_kwargs={"parser_mode": "omegaconf+", "description": __doc__},
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint of `fit` as a pipeline folder (safetensors only); its EMA weights, if it has any.
+
+    Args:
+        checkpoint: a `.ckpt` file of `fit`.
+        out: folder for `BootPIGPipeline.from_pretrained`.
+    """
+    if not checkpoint.is_file():
+        raise InputError(f"no checkpoint file {checkpoint}")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "pig_method" not in state:
+        raise InputError(f"{checkpoint} is no checkpoint of pig's `fit`")
+    hyperparameters = {key: value for key, value in state["hyper_parameters"].items() if key != "_instantiator"}
+    module = BootPIG(**hyperparameters)
+    averages = [saved["average"] for saved in state["callbacks"].values() if "average" in saved]
+    module.load_state_dict(averages[0] if averages else state["state_dict"])
+    module.pipeline().save_pretrained(out)
+    print(f"{'EMA weights' if averages else 'weights'} of step {state['global_step']} -> {out}")
+
+
+def load_pipeline(model: str | Path) -> BootPIGPipeline:
+    """An exported model's folder, or `toyworld` for the embedded one."""
+    folder = Path(resolve(model, "bootpig"))
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is no exported model: it has no model_index.json (make one with `export`)")
+    pipeline = BootPIGPipeline.from_pretrained(folder)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def generate(
+    references: list[Path],
+    prompt: list[str],
+    out: Path,
+    model: str = "toyworld",
+    images_per_prompt: int = 4,
+    image_guidance: float = 5.0,
+    text_guidance: float = 7.5,
+    steps: int = 50,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Draw the subject of the reference pictures.
+
+    Args:
+        references: pictures of one subject (RGBA cut-outs, or with a `NAME.mask.png` beside; else taken as they are).
+        prompt: one or several, such as "a photo of a mug, on a beach".
+        out: folder for the images, `references/PROMPT_INDEX/SEED.png`, and `manifest.jsonl`.
+        model: an exported model's folder, or `toyworld`.
+        images_per_prompt: with seeds `seed`, `seed + 1`, ...
+        image_guidance: how closely to follow the references (eta_im of Eq. 4).
+        text_guidance: how closely to follow the prompt (eta_text+im of Eq. 4).
+        steps: of the UniPC sampler.
+        height: in pixels, a multiple of 8; the model's own by default.
+        width: likewise.
+        seed: of the first image of each prompt.
+    """
+    if not references:
+        raise InputError("--references: give at least one picture of the subject")
+    if not prompt or not all(text.strip() for text in prompt):
+        raise InputError("--prompt: give at least one prompt")
+    cutouts = [load_cutout(path) for path in references]
+    pipeline = load_pipeline(model)
+    subject = SubjectFolder("references", "", tuple(references), tuple(prompt))
+    seeds = range(seed, seed + images_per_prompt)
+    settings: dict[str, Any] = {
+        "image_guidance": image_guidance,
+        "text_guidance": text_guidance,
+        "num_inference_steps": steps,
+    }
+    images = pipeline(
+        prompt,
+        cutouts,
+        num_images_per_prompt=images_per_prompt,
+        height=height,
+        width=width,
+        generator=[torch.Generator().manual_seed(s) for _ in prompt for s in seeds],
+        **settings,
+    ).images
+    jobs = [Job(subject, index, s) for index in range(len(prompt)) for s in seeds]
+    for job, image in zip(jobs, images, strict=True):
+        line = save_generated(out, job, image, method="BootPIG", settings={**settings, "model": str(model)})
+        print(out / line.file)
+
+
+def evaluate(images: Path, subjects: Path, out: Path, clip: str = "toyworld", dino: str = "toyworld") -> None:
+    """Score a folder of generated images.
+
+    Args:
+        images: `SUBJECT/PROMPT_INDEX/SEED.png`, made by anything.
+        subjects: a folder of subjects in DreamBooth's layout.
+        out: where `scores.json` goes.
+        clip: a CLIP in transformers' format, or `toyworld`.
+        dino: a DINO ViT in transformers' format, or `toyworld`.
+    """
+    known = read_subjects(subjects)
+    scores = score_folder(images, known, ClipEncoder(resolve(clip, "clip")), DinoEncoder(resolve(dino, "dino")))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1))
+    for name, value in scores.items():
+        print(f"{name:22} {value:.4f}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "evaluate": evaluate, "export": export}
+
+
+def run(args: list[str]) -> Any:
+    if args and args[0] in COMMANDS:
+        parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=COMMANDS[args[0]].__doc__)
+        parser.add_function_arguments(COMMANDS[args[0]], as_positional=False)
+        return COMMANDS[args[0]](**parser.instantiate_classes(parser.parse_args(args[1:])).as_dict())
+    return CLI()
+
+
+def main() -> None:
+    """Exit code 2 for bad input, with its message."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        run(sys.argv[1:])
+    except InputError as error:
+        # A loader's worker process wraps the message in its traceback.
+        message = re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(error)).strip()
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

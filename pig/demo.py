@@ -1,0 +1,230 @@
+"""`make demo`: the whole way on the toy world, from triplets to scores, by the commands that a user would give.
+
+    python -m pig.demo [--out runs/demo]
+
+What is finished is kept: a demo that was stopped goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from pig.cli import load_pipeline
+from pig.data.images import MANIFEST, Job, save_generated
+from pig.data.schema import Batch
+from pig.data.subjects import SubjectFolder, read_subjects
+from pig.data.transforms import load_image
+from pig.evaluation.benchmark import score_folder
+from pig.evaluation.metrics import ClipEncoder, DinoEncoder
+from pig.evaluation.report import labelled_grid, read_curve, score_table, write_report
+from pig.methods.bootpig import BootPIG
+from pig.models.backbone import TOYWORLD, WEIGHTS
+from pig.pipelines import BootPIGPipeline
+from pig.toyworld import scene
+
+CONFIG = Path("configs/bootpig/toyworld.yaml")
+TRAINING_STEPS, BATCH_SIZE = 400, 32  # as in CONFIG; a test compares them
+TRIPLETS, SUBJECTS, SEEDS = 8000, 24, (0, 1)
+SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 3.0, "num_inference_steps": 20}
+SAMPLING_BATCH = 8
+CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
+COLUMNS = (
+    "reference",
+    "reference",
+    "reference",
+    "base model",
+    "before training",
+    "trained, 1 ref.",
+    "trained, 3 refs.",
+)
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pig.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    out: Path = parser.parse_args().out
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+    began = time.perf_counter()
+    announce()
+    data = out / "data"
+    run("data_gen", "triplets", out=data / "triplets", count=TRIPLETS)
+    run("data_gen", "triplets", out=data / "val", count=64, first_seed=scene.HELD_OUT_SEED + 10**8)
+    run("data_gen", "subjects", out=data / "subjects", count=SUBJECTS)
+    last = out / "fit/checkpoints/last.ckpt"
+    resume = {"ckpt_path": last} if last.exists() else {}
+    run("pig.cli", "fit", config=CONFIG, run=out, **resume)
+    run("pig.cli", "export", checkpoint=last, out=out / "export")
+
+    subjects = read_subjects(data / "subjects")
+    draw_all(out, subjects)
+    clip, dino = ClipEncoder(WEIGHTS / "clip"), DinoEncoder(WEIGHTS / "dino")
+    scores = {name: score_folder(condition_folder(out, name), subjects, clip, dino) for name in CONDITIONS}
+    (out / "scores.json").write_text(json.dumps(scores, indent=1))
+    summary = summarise(scores)
+    draw_grid(out, subjects)
+    write_report(
+        out / "report.html",
+        title="BootPIG on the toy world",
+        summary=summary,
+        scores=scores,
+        grid_png=out / "grid.png",
+        curve=read_curve(out / "fit/metrics.csv", "train/loss"),
+        settings=(out / "fit/config.yaml").read_text(),
+    )
+    console.print(score_table(scores))
+    for line in summary:
+        console.print(line)
+    for name in ("report.html", "grid.png", "scores.json", "images", "export"):
+        console.print(f"  {out / name}")
+    console.print(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+def announce() -> None:
+    """Say what will be done and, from one real training step and one real sampling step, how long it takes here."""
+    module = BootPIG(TOYWORLD)
+    pictures = torch.zeros(BATCH_SIZE, 3, 64, 64)
+    seeds = torch.arange(BATCH_SIZE)
+    words = ["a mug"] * BATCH_SIZE
+    batch = Batch(pictures, pictures[:, None], words, words, seeds, words)
+    for _ in range(2):  # the first one warms up
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = module.loss(batch, 0.0, 0.0)
+        loss.mean().backward()
+        per_step = time.perf_counter() - began
+    pipeline = module.pipeline()
+    reference = Image.new("RGB", (64, 64))
+    began = time.perf_counter()
+    pipeline(words[:SAMPLING_BATCH], [reference], num_inference_steps=1)
+    images = SUBJECTS * len(SEEDS)
+    # Three BootPIG conditions, one of them with three references; the base model costs about a third.
+    sampling = (time.perf_counter() - began) * SAMPLING["num_inference_steps"] * images / SAMPLING_BATCH * 4
+    training = per_step * TRAINING_STEPS * 1.15  # optimizer, loading, validation
+    console.print(
+        f"make {TRIPLETS} triplets and {SUBJECTS} held-out subjects, train BootPIG on them for {TRAINING_STEPS} steps "
+        f"of {BATCH_SIZE},\nexport it, draw {images} images under each of {len(CONDITIONS)} conditions, and score them."
+        f"\non this machine about {(40 + training + sampling + 60) / 60:.0f} minutes "
+        f"({training / 60:.0f} of them training, {sampling / 60:.0f} drawing)\n"
+    )
+
+
+def run(module: str, command: str, **arguments: object) -> None:
+    """Run and show `python -m MODULE COMMAND --NAME VALUE ...`; end with its exit code if it fails."""
+    line = ["-m", module, command, *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))]
+    console.print(f"[bold]$ python {' '.join(line)}[/bold]", highlight=False, soft_wrap=True)
+    code = subprocess.run([sys.executable, *line], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def condition_folder(out: Path, condition: str) -> Path:
+    """`images` is what the trained model makes of all three references; the others bound it."""
+    return out / "images" if condition == "trained_3_references" else out / "conditions" / condition
+
+
+def jobs_of(subjects: Sequence[SubjectFolder]) -> list[Job]:
+    """Each subject under the prompt that no training picture of its category fits, with each seed."""
+    places = list(scene.BACKGROUNDS)
+    return [
+        Job(subject, places.index(scene.held_out_background(subject.class_noun)), seed)
+        for subject in subjects
+        for seed in SEEDS
+    ]
+
+
+def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
+    jobs = jobs_of(subjects)
+    draw_with_base(jobs, condition_folder(out, "no_reference"))
+    untrained = BootPIG(TOYWORLD).pipeline()
+    draw_with_bootpig(untrained, jobs, 1, condition_folder(out, "untrained"), "BootPIG, untrained")
+    trained = load_pipeline(out / "export")
+    for name, references in (("trained_1_reference", 1), ("trained_3_references", 3)):
+        draw_with_bootpig(trained, jobs, references, condition_folder(out, name), "BootPIG")
+    draw_truth(jobs, condition_folder(out, "upper_bound"))
+
+
+def fresh(folder: Path, jobs: Sequence[Job], size: int = SAMPLING_BATCH) -> Iterator[Sequence[Job]]:
+    """The jobs in batches, into a folder with a new manifest."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    label = f"drawing {folder.name}"
+    yield from track([jobs[i : i + size] for i in range(0, len(jobs), size)], description=label, console=console)
+
+
+def generators(jobs: Sequence[Job]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(job.seed) for job in jobs]
+
+
+def draw_with_base(jobs: Sequence[Job], folder: Path) -> None:
+    base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "base", torch_dtype=torch.float32)
+    base.set_progress_bar_config(disable=True)
+    steps, guidance = int(SAMPLING["num_inference_steps"]), SAMPLING["text_guidance"]
+    for batch in fresh(folder, jobs):
+        prompts = [job.prompt for job in batch]
+        images = base(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators(batch)).images
+        for job, image in zip(batch, images, strict=True):
+            save_generated(folder, job, image, method="base model", settings=SAMPLING)
+
+
+def draw_with_bootpig(
+    pipeline: BootPIGPipeline, jobs: Sequence[Job], references: int, folder: Path, method: str
+) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    for batch in fresh(folder, jobs):
+        pictures = [job.subject.references(references) for job in batch]
+        prompts = [job.prompt for job in batch]
+        images = pipeline(prompts, pictures, generator=generators(batch), **SAMPLING).images
+        for job, image in zip(batch, images, strict=True):
+            save_generated(folder, job, image, method=method, settings={**SAMPLING, "references": references})
+
+
+def draw_truth(jobs: Sequence[Job], folder: Path) -> None:
+    """Real pictures of the subject as the prompt wants it: the toy world can draw them, so the bound is exact."""
+    for (job,) in fresh(folder, jobs, size=1):
+        number = int(job.subject.name.split("_")[1])
+        subject = scene.make_subject(scene.HELD_OUT_SEED + number, category=job.subject.class_noun)
+        background = list(scene.BACKGROUNDS)[job.prompt_index]
+        drawing = scene.draw(subject, background, seed=scene.HELD_OUT_SEED * 20 + number * len(SEEDS) + job.seed)
+        save_generated(folder, job, Image.fromarray(drawing.image), method="drawn", settings={})
+
+
+def summarise(scores: dict[str, dict[str, float]]) -> list[str]:
+    low, high = scores["no_reference"], scores["upper_bound"]
+    lines = []
+    for name in ("trained_1_reference", "trained_3_references"):
+        closed = (scores[name]["dino"] - low["dino"]) / (high["dino"] - low["dino"])
+        kept = scores[name]["background_accuracy"] / low["background_accuracy"]
+        lines.append(
+            f"{name}: closes {closed:.0%} of the way in DINO from no reference to real images of the subject, "
+            f"and shows the prompted background {kept:.2f} times as often as the base model"
+        )
+    return lines
+
+
+def draw_grid(out: Path, subjects: Sequence[SubjectFolder], count: int = 8) -> None:
+    rows = []
+    for job in jobs_of(subjects)[:: len(SEEDS)][:count]:
+        file = Path(job.subject.name) / str(job.prompt_index) / f"{job.seed}.png"
+        drawn = [load_image(condition_folder(out, name) / file) for name in CONDITIONS[:4]]
+        rows.append((job.prompt, [*(load_image(path) for path in job.subject.images[:3]), *drawn]))
+    labelled_grid(COLUMNS, rows).save(out / "grid.png")
+
+
+if __name__ == "__main__":
+    main()

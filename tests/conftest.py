@@ -1,0 +1,67 @@
+"""Real classes at tiny size; nothing is mocked."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from data_gen.toyworld import draw_subjects, draw_triplets
+from pig.models.two_unet import TwoUNet
+
+
+
+def tiny_unet(*, linear: bool = False, heads: int | tuple[int, ...] = 2, seed: int = 0) -> UNet2DConditionModel:
+    """SD's layout in miniature: three levels, cross-attention in two and in the middle."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=heads,
+        use_linear_projection=linear,
+        norm_num_groups=8,
+    )
+
+
+def tiny_two_unet(**options: object) -> TwoUNet:
+    """Base and Reference UNet that differ, as after training."""
+    return TwoUNet(tiny_unet(seed=0), tiny_unet(seed=1), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=[False, True], ids=["sd1-conv", "sd2-linear"])
+def base_unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
+    return tiny_unet(linear=request.param, heads=(2, 4, 4) if request.param else 2)
+
+
+@pytest.fixture
+def two_unet(base_unet: UNet2DConditionModel) -> TwoUNet:
+    return TwoUNet(copy.deepcopy(base_unet), copy.deepcopy(base_unet))
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    """B = 3, K = 2."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latents": torch.randn(3, 4, 8, 8, generator=generator),
+        "reference": torch.randn(3, 2, 4, 8, 8, generator=generator),
+        "timesteps": torch.tensor([10, 500, 990]),
+        "text": torch.randn(3, 5, 16, generator=generator),
+    }
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`triplets/` (96 in 4 shards), `val/` (8) and `subjects/` (12)."""
+    folder = tmp_path_factory.mktemp("toy")
+    draw_triplets(folder / "triplets", 96, 64, per_shard=24)
+    draw_triplets(folder / "val", 8, 64, first_seed=2_000_000_000)
+    draw_subjects(folder / "subjects", 12, 64)
+    return folder
