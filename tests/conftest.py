@@ -13,7 +13,6 @@ from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.models.two_unet import TwoUNet
 
 
-
 def tiny_unet(*, linear: bool = False, heads: int | tuple[int, ...] = 2, seed: int = 0) -> UNet2DConditionModel:
     """SD's layout in miniature: three levels, cross-attention in two and in the middle."""
     torch.manual_seed(seed)

@@ -1,0 +1,378 @@
+"""Shards, order, resume, transforms and what users get wrong."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_gen.photos import pack_photos
+from pig.data.images import Job, read_generated, save_generated
+from pig.data.modules import ResumableLoader, TripletDataModule, TripletDataset
+from pig.data.shards import BadSampleError, decode_triplet, find_shards, read_shard
+from pig.data.subjects import read_subjects
+from pig.data.transforms import ReferenceAugmentation, cut_out, load_image, place_on_white, reference_picture
+from pig.errors import InputError
+
+
+def dataset(folder: Path, *, batch_size: int = 4, rank: int = 0, world_size: int = 1, **more: object) -> TripletDataset:
+    options = {"seed": 3, "shuffle_block": 10, "max_bad_samples": 5, "drop_last": True, **more}
+    return TripletDataset(
+        find_shards(str(folder))[0],
+        batch_size=batch_size,
+        resolution=64,
+        augmentation=ReferenceAugmentation(),
+        rank=rank,
+        world_size=world_size,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def keys(data: TripletDataset, *, workers: int = 0, epoch: int = 0, batch: int = 0) -> list[list[str]]:
+    loader = ResumableLoader(data, num_workers=workers, pin_memory=False)
+    loader.epoch, loader.batch = epoch, batch
+    return [one.keys for one in loader]
+
+
+def flat(batches: list[list[str]]) -> list[str]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_once_over_ranks_and_workers(toy_data, workers, world_size) -> None:
+    shards = toy_data / "triplets"
+    seen = [keys(dataset(shards, rank=r, world_size=world_size), workers=workers) for r in range(world_size)]
+    assert len({len(one) for one in seen}) == 1
+    everything = flat([flat(one) for one in seen])
+    assert len(everything) == len(set(everything)) == 96
+
+
+def test_left_over_samples_are_less_than_a_global_batch_and_validation_keeps_all(toy_data) -> None:
+    shards = toy_data / "triplets"
+    assert sum(len(flat(keys(dataset(shards, batch_size=20, rank=r, world_size=2)))) for r in (0, 1)) == 80
+    whole = [keys(dataset(shards, batch_size=20, rank=r, world_size=2, drop_last=False)) for r in (0, 1)]
+    assert len(set(flat([flat(one) for one in whole]))) == 96
+
+
+def test_order_follows_seed_and_epoch(toy_data) -> None:
+    shards = toy_data / "triplets"
+    first = keys(dataset(shards))
+    assert keys(dataset(shards)) == first
+    assert keys(dataset(shards), epoch=1) != first
+    assert keys(dataset(shards, seed=4)) != first
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_resume_gives_exactly_what_was_not_yet_seen(toy_data, workers) -> None:
+    data = dataset(toy_data / "triplets", batch_size=7)
+    full = keys(data, workers=workers)
+    for seen in (1, 2, 5, len(full) - 1):
+        assert keys(data, workers=workers, batch=seen) == full[seen:]
+
+
+def test_state_of_the_loader(toy_data) -> None:
+    data = dataset(toy_data / "triplets")
+    loader = ResumableLoader(data, num_workers=0, pin_memory=False)
+    batches = iter(loader)
+    [next(batches) for _ in range(3)]
+    state = loader.state_dict()
+    other = ResumableLoader(dataset(toy_data / "triplets"), num_workers=0, pin_memory=False)
+    other.load_state_dict(state)
+    expected, got = next(batches), next(iter(other))
+    assert got.keys == expected.keys
+    assert torch.equal(got.reference, expected.reference)
+    assert torch.equal(got.seeds, expected.seeds)
+    changed = ResumableLoader(dataset(toy_data / "triplets", seed=9), num_workers=0, pin_memory=False)
+    with pytest.raises(InputError, match="mid-epoch of other data: fingerprint"):
+        changed.load_state_dict(state)
+
+
+def test_batch_layout(toy_data) -> None:
+    batch = next(iter(ResumableLoader(dataset(toy_data / "triplets"), num_workers=0, pin_memory=False)))
+    assert batch.target.shape == (4, 3, 64, 64)
+    assert batch.reference.shape == (4, 1, 3, 64, 64)
+    assert batch.target.abs().max() <= 1
+    assert batch.reference.amax(dim=(1, 2, 3, 4)).eq(1).all()  # white ground
+    assert all(caption.startswith("a photo of a ") for caption in batch.captions)
+    assert batch.seeds.dtype == torch.int64
+
+
+def test_specs(toy_data, tmp_path) -> None:
+    folder = toy_data / "triplets"
+    for spec in (
+        str(folder),
+        f"{folder}/*.tar",
+        f"{folder}/train-{{000000..000003}}.tar",
+        f"file://{folder}/train-000000.tar",
+    ):
+        shards, left_out = find_shards(spec)
+        assert sum(s.stats.count for s in shards) == (24 if spec.startswith("file") else 96)
+        assert not left_out
+    pipe = f"pipe:cat {folder}/train-000001.tar"
+    with pytest.raises(InputError, match="no shard matches"):
+        find_shards(str(tmp_path / "*.tar"))
+    assert len(list(read_shard(find_shards(f"file://{folder}/train-000000.tar")[0][0]))) == 24
+    assert pipe.startswith("pipe:")
+
+
+# -- bad shards -------------------------------------------------------------------------------------------------------
+
+
+def copy_shards(toy_data: Path, to: Path) -> Path:
+    shutil.copytree(toy_data / "triplets", to)
+    return to
+
+
+def rewrite(tar: Path, change: dict[str, bytes | None]) -> None:
+    """Replace (or drop) members by the end of their name, keeping the stats file as it is but for the size."""
+    with tarfile.open(tar) as old:
+        members = [(m.name, old.extractfile(m).read()) for m in old.getmembers()]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as new:
+        for name, content in members:
+            end = next((end for end in change if name.endswith(end)), None)
+            content = content if end is None else change[end]
+            if content is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+    stats = tar.with_name(tar.stem + "_stats.json")
+    stats.write_text(json.dumps({**json.loads(stats.read_text()), "bytes": tar.stat().st_size}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"000000005.reference.png": None}, "000000005: lacks member reference.png"),
+        ({"000000005.target.jpg": None}, "000000005: lacks member target.jpg"),
+        ({"000000005.json": None}, "000000005: lacks member json"),
+        ({"000000005.json": b'{"object": "mug"}'}, "000000005: json has no caption"),
+        ({"000000005.json": b"{"}, "000000005: json is not JSON"),
+        ({"000000005.target.jpg": b"no picture"}, "000000005: target.jpg does not decode"),
+    ],
+)
+def test_a_bad_sample_is_named_and_replaced(toy_data, tmp_path, caplog, change, message) -> None:
+    shards = copy_shards(toy_data, tmp_path / "shards")
+    rewrite(shards / "train-000000.tar", change)
+    seen = flat(keys(dataset(shards)))
+    assert len(seen) == 96
+    assert "000000005" not in seen
+    assert len(set(seen)) == 95
+    assert message in caplog.text
+
+
+def test_too_many_bad_samples_stop(toy_data, tmp_path) -> None:
+    shards = copy_shards(toy_data, tmp_path / "shards")
+    rewrite(shards / "train-000002.tar", {".reference.png": None})
+    with pytest.raises(InputError, match=r"6 bad samples, more than data.max_bad_samples=5"):
+        keys(dataset(shards))
+
+
+def test_a_torn_tar_is_left_out_by_size_or_read_as_far_as_it_goes(toy_data, tmp_path) -> None:
+    shards = copy_shards(toy_data, tmp_path / "shards")
+    tar = shards / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:100_000])
+    found, left_out = find_shards(str(shards))
+    assert len(found) == 3
+    assert "torn, it has 100000 bytes" in left_out[0]
+    stats = tar.with_name("train-000001_stats.json")
+    stats.write_text(json.dumps({**json.loads(stats.read_text()), "bytes": 100_000}))
+    torn = next(shard for shard in find_shards(str(shards))[0] if shard.url == str(tar))
+    samples = list(read_shard(torn))
+    assert len(samples) == 24
+    bad = [s for s in samples if isinstance(s, BadSampleError)]
+    assert bad
+    assert all("the tar is torn" in str(s) for s in bad)
+    decode_triplet(samples[0])  # type: ignore[arg-type]
+
+
+def test_a_shard_without_stats_does_not_exist(toy_data, tmp_path) -> None:
+    shards = copy_shards(toy_data, tmp_path / "shards")
+    (shards / "train-000003_stats.json").unlink()
+    found, left_out = find_shards(str(shards))
+    assert len(found) == 3
+    assert "unfinished" in left_out[0]
+
+
+def test_nothing_usable_is_said_before_training(toy_data, tmp_path) -> None:
+    shards = copy_shards(toy_data, tmp_path / "shards")
+    for tar in shards.glob("*.tar"):
+        rewrite(tar, {".json": b"{}"})
+    with pytest.raises(InputError, match="no usable sample at the start.*has no caption"):
+        TripletDataModule(str(shards), batch_size=4, resolution=64).prepare_data()
+    with pytest.raises(InputError, match="multiple of 8, got 60"):
+        TripletDataModule(str(shards), batch_size=4, resolution=60)
+    with pytest.raises(InputError, match="less than one batch of 97"):
+        dataset(toy_data / "triplets", batch_size=97)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "I;16", "1"])
+def test_any_mode_is_read(tmp_path, mode) -> None:
+    image = Image.fromarray(np.full((6, 10), 257 * 200, np.uint16)) if mode == "I;16" else Image.new("L", (10, 6), 200)
+    if mode != "I;16":
+        image = image.convert("RGBA").convert(mode) if mode in ("LA", "RGBA") else image.convert(mode)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "LA") else "a.png")
+    image.save(path)
+    loaded = load_image(path)
+    assert loaded.mode == ("RGBA" if mode in ("LA", "RGBA") else "RGB")
+    assert loaded.size == (10, 6)
+    assert abs(loaded.convert("RGB").getpixel((3, 3))[0] - (255 if mode == "1" else 200)) <= 1
+
+
+def test_exif_rotation_is_applied(tmp_path) -> None:
+    image = Image.new("RGB", (10, 6))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (6, 10)
+
+
+def test_unreadable_pictures_are_named(tmp_path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no")
+    for name in ("a.png", "none.png"):
+        with pytest.raises(InputError, match=name):
+            load_image(tmp_path / name)
+    with pytest.raises(InputError, match="one size"):
+        cut_out(Image.new("RGB", (4, 4)), Image.new("L", (5, 4), 255))
+    with pytest.raises(InputError, match="empty"):
+        cut_out(Image.new("RGB", (4, 4)), Image.new("L", (4, 4)))
+
+
+def object_box(picture: Image.Image) -> tuple[int, int, int, int]:
+    box = Image.fromarray((np.asarray(picture).min(2) < 250).astype(np.uint8) * 255).getbbox()
+    assert box is not None
+    return box
+
+
+def test_reference_on_white_is_cropped_and_padded() -> None:
+    cutout = Image.new("RGBA", (100, 60), (255, 0, 0, 0))
+    cutout.paste((0, 0, 255, 255), (20, 10, 60, 30))  # 40 x 20
+    left, top, right, bottom = object_box(reference_picture(cutout, 64))
+    assert (right - left, bottom - top) == (64, 32)
+    assert (left, top) == (0, 16)
+    colours = reference_picture(cutout, 64).getcolors()
+    assert colours is not None
+    assert all(not (r > g and r > b) for _, (r, g, b) in colours)  # the hidden red does not bleed in
+    assert object_box(place_on_white(cutout.crop((20, 10, 60, 30)), 64, 0.5, x=1, y=0)) == (32, 0, 64, 16)
+
+
+def test_augmentation_ranges() -> None:
+    cutout = Image.new("RGBA", (30, 20), (0, 0, 0, 255))
+    augment = ReferenceAugmentation(scale=(0.4, 0.8), flip=0.0)
+    boxes = [object_box(augment(cutout, 64, np.random.default_rng(i))) for i in range(200)]
+    widths = [right - left for left, _, right, _ in boxes]
+    assert 25 <= min(widths) < 30
+    assert 46 < max(widths) <= 52
+    assert len({box[:2] for box in boxes}) > 50
+    same = [augment(cutout, 64, np.random.default_rng(7)).tobytes() for _ in range(2)]
+    assert same[0] == same[1]
+
+
+def test_augmentation_options_of_the_release() -> None:
+    cutout = Image.new("RGBA", (30, 30), (200, 40, 40, 255))
+    cutout.paste((40, 40, 200, 255), (0, 0, 15, 30))
+
+    def share_changed(**options: float) -> float:
+        plain, other = ReferenceAugmentation((1, 1), 0.0), ReferenceAugmentation((1, 1), **{"flip": 0.0, **options})
+        pairs = [
+            (plain(cutout, 32, np.random.default_rng(i)), other(cutout, 32, np.random.default_rng(i)))
+            for i in range(200)
+        ]
+        return float(np.mean([a.tobytes() != b.tobytes() for a, b in pairs]))
+
+    assert share_changed() == 0
+    for name in ("flip", "jitter", "erasing"):
+        assert 0.3 < share_changed(**{name: 0.5}) < 0.7
+    with pytest.raises(InputError, match="scale"):
+        ReferenceAugmentation(scale=(0.8, 0.4))
+    with pytest.raises(InputError, match="erasing"):
+        ReferenceAugmentation(erasing=1.5)
+
+
+# -- photographs and subjects -----------------------------------------------------------------------------------------
+
+
+def test_photographs_of_any_kind_become_shards(tmp_path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "dog").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    mask = Image.new("L", noise.size)
+    mask.paste(255, (30, 20, 90, 70))
+    exif = noise.getexif()
+    exif[0x0112] = 6
+    for name, image in {"rgb": noise, "grey": noise.convert("L"), "cmyk": noise.convert("CMYK")}.items():
+        image.save(photos / "dog" / f"{name}.jpg")
+        mask.save(photos / "dog" / f"{name}.mask.png")
+    noise.save(photos / "dog/turned.jpg", exif=exif)
+    mask.transpose(Image.Transpose.ROTATE_270).save(photos / "dog/turned.mask.png")
+    (photos / "dog/rgb.txt").write_text("a photo of a dog, in noise")
+    alpha = noise.copy()
+    alpha.putalpha(mask)
+    alpha.save(photos / "dog/alpha.png")
+    noise.save(photos / "dog/unmasked.jpg")
+    (photos / "dog/broken.jpg").write_bytes(b"no")
+    pack_photos(photos, tmp_path / "shards", "dog", size=64)
+    (shard,), _ = find_shards(str(tmp_path / "shards"))
+    assert shard.stats.count == 5
+    assert shard.stats.rejected == {"no mask": 1, "unreadable": 1}
+    triplets = {t.key: t for t in (decode_triplet(raw) for raw in read_shard(shard))}  # type: ignore[arg-type]
+    assert triplets["dog_rgb"].caption == "a photo of a dog, in noise"
+    assert triplets["dog_cmyk"].caption == "a photo of a dog"
+    assert triplets["dog_turned"].target.size == (64, 85)
+    for triplet in triplets.values():
+        assert triplet.reference.size == triplet.target.size
+        assert 0.15 < np.asarray(triplet.reference)[..., 3].mean() / 255 < 0.4
+    with pytest.raises(InputError, match="no photographs"):
+        pack_photos(tmp_path / "none", tmp_path / "out", "dog")
+
+
+def test_the_same_triplets_give_the_same_bytes(toy_data, tmp_path) -> None:
+    command = [sys.executable, "-m", "data_gen", "triplets", "--out", str(tmp_path), "--count", "24"]
+    subprocess.run(command, check=True, capture_output=True)
+    (again,), _ = find_shards(str(tmp_path))
+    assert again.stats.sha256 == find_shards(str(toy_data / "triplets"))[0][0].stats.sha256
+
+
+def test_subjects_in_dreambooths_layout(toy_data, tmp_path) -> None:
+    subjects = read_subjects(toy_data / "subjects")
+    assert len(subjects) == 12
+    assert subjects[6].name == "mug_006"
+    assert subjects[6].prompts[0] == "a photo of a mug, on a beach"
+    assert [s.class_noun for s in subjects if s.live] == ["cat", "fish"]
+    assert all(r.mode == "RGBA" and r.getchannel("A").getextrema()[0] == 0 for r in subjects[0].references(2))
+    (tmp_path / "prompts_and_classes.txt").write_text("Classes\n\nsubject_name,class\ndog6,dog\n\nPrompts\n")
+    with pytest.raises(InputError, match="'dog6'.*has no pictures"):
+        read_subjects(tmp_path)
+    with pytest.raises(InputError, match="no subjects folder"):
+        read_subjects(tmp_path / "none")
+
+
+def test_generated_images_come_back(toy_data, tmp_path) -> None:
+    subjects = read_subjects(toy_data / "subjects")
+    jobs = [Job(subjects[0], 2, 7), Job(subjects[0], 2, 8), Job(subjects[3], 0, 7)]
+    for job in jobs:
+        save_generated(tmp_path, job, Image.new("RGB", (8, 8)), method="m", settings={"steps": 1})
+    assert [job for job, _ in read_generated(tmp_path, subjects)] == jobs
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert lines[0]["file"] == "boat_000/2/7.png"
+    assert lines[2]["prompt"] == "a photo of a cat, on a beach"
+    with pytest.raises(InputError, match="no generated images"):
+        read_generated(tmp_path / "none", subjects)
+    (tmp_path / "boat_000/99").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "boat_000/99/0.png")
+    with pytest.raises(InputError, match="'99' is no prompt index"):
+        read_generated(tmp_path, subjects)

@@ -1,0 +1,323 @@
+"""The training step, what is trained, checkpoints, and runs that are interrupted. Real toy models throughout."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import tiny_unet
+from diffusers import DDPMScheduler
+
+from pig.callbacks import EMA
+from pig.data.modules import TripletDataModule
+from pig.data.schema import Batch
+from pig.errors import InputError
+from pig.methods.bootpig import BootPIG
+from pig.models.backbone import WEIGHTS, check_prediction_type, load_backbone
+from pig.models.two_unet import TwoUNet
+
+ATTENTION = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+
+
+def make_batch(toy_data: Path, size: int = 4) -> Batch:
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=size, resolution=64, num_workers=0)
+    return next(iter(data.train_dataloader()))
+
+
+def part(batch: Batch, where: slice) -> Batch:
+    return Batch(**{name: value[where] for name, value in vars(batch).items()})
+
+
+@pytest.fixture(scope="module")
+def module() -> BootPIG:
+    return BootPIG("toyworld", reference_dropout=0.0, caption_dropout=0.0)
+
+
+def test_exact_set_of_trainable_names() -> None:
+    net = TwoUNet(tiny_unet(), tiny_unet())
+    names = {group: set(parameters) for group, parameters in net.trainable_parameters().items()}
+    assert names["rsa"] == {f"base_unet.{layer}.{weight}" for layer in net.layers for weight in ATTENTION}
+    assert net.layers[-1] == "up_blocks.2.attentions.1.transformer_blocks.0.attn1"
+    last = "reference_unet.up_blocks.2.attentions.1."
+    left_out = {f"reference_unet.{name}" for name, _ in net.reference_unet.named_parameters()} - names["reference_unet"]
+    block = last + "transformer_blocks.0."
+    assert left_out == {
+        *(
+            f"{block}attn1.{w}"
+            for w in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+        ),
+        *(
+            f"{block}attn2.{w}"
+            for w in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+        ),
+        *(f"{block}{norm}.{w}" for norm in ("norm2", "norm3") for w in ("weight", "bias")),
+        *(f"{block}ff.net.{layer}.{w}" for layer in ("0.proj", "2") for w in ("weight", "bias")),
+        *(f"{last}proj_out.{w}" for w in ("weight", "bias")),
+        *(f"reference_unet.{layer}.{w}" for layer in ("conv_norm_out", "conv_out") for w in ("weight", "bias")),
+    }
+
+
+def test_trainable_parameters_get_gradients_and_no_others(module, toy_data) -> None:
+    assert all(name.startswith("net.") for name in module.trainable())
+    loss, _ = module.loss(make_batch(toy_data), 0.0, 0.0)
+    loss.mean().backward()
+    for name, parameter in module.named_parameters():
+        if name in module.trainable():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+    module.zero_grad()
+
+
+def test_learning_rates_by_group_and_frozen_groups() -> None:
+    groups = BootPIG("toyworld").configure_optimizers().param_groups
+    assert [(g["name"], g["lr"]) for g in groups] == [("reference_unet", 5e-6), ("rsa", 1e-6)]
+    assert all(g["betas"] == (0.9, 0.999) and g["weight_decay"] == 1e-2 and g["eps"] == 1e-8 for g in groups)
+    only = BootPIG("toyworld", lr_reference=0.0)
+    assert {name.split(".")[1] for name in only.trainable()} == {"base_unet"}
+    with pytest.raises(InputError, match="learning rates"):
+        BootPIG("toyworld", lr_reference=0.0, lr_rsa=0.0)
+
+
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(toy_data) -> None:
+    batch, results = make_batch(toy_data), []
+    for checkpointing in (False, True):
+        module = BootPIG("toyworld", gradient_checkpointing=checkpointing)
+        loss, _ = module.loss(batch, 0.5, 0.5)
+        loss.mean().backward()
+        results.append((loss.detach(), {name: p.grad for name, p in module.trainable().items()}))
+    (loss, gradients), (loss_again, gradients_again) = results
+    assert torch.equal(loss, loss_again)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_loss_of_a_sample_does_not_depend_on_its_batch(module, toy_data) -> None:
+    batch = make_batch(toy_data)
+    with torch.no_grad():
+        whole, t = module.loss(batch, 0.3, 0.3)
+        for i in range(4):
+            alone, t_alone = module.loss(part(batch, slice(i, i + 1)), 0.3, 0.3)
+            assert t_alone == t[i]
+            torch.testing.assert_close(alone[0], whole[i], atol=1e-5, rtol=1e-4)
+
+
+def test_dropouts_do_what_they_say(module, toy_data) -> None:
+    batch = make_batch(toy_data, 8)
+    with torch.no_grad():
+        kept, _ = module.loss(batch, 0.0, 0.0)
+        dropped, _ = module.loss(batch, 1.0, 0.0)
+        other = copy.copy(batch)
+        other.reference = batch.reference.flip(0)
+        assert not torch.allclose(module.loss(other, 0.0, 0.0)[0], kept)
+        torch.testing.assert_close(module.loss(other, 1.0, 0.0)[0], dropped)
+        # The caption is emptied for the Base UNet only: U_phi still reads it.
+        other = copy.copy(batch)
+        other.captions = batch.captions[::-1]
+        assert not torch.allclose(module.loss(other, 0.0, 1.0)[0], module.loss(batch, 0.0, 1.0)[0])
+        torch.testing.assert_close(module.loss(other, 1.0, 1.0)[0], module.loss(batch, 1.0, 1.0)[0])
+
+
+def test_loss_against_algorithm_1_written_plainly(toy_data) -> None:
+    """One sample, by diffusers' own scheduler and UNets, with hooks in place of the attention processors."""
+    module = BootPIG("toyworld")
+    batch = make_batch(toy_data, 1)
+    (loss,), (t,) = module.loss(batch, 0.0, 0.0)
+    parts = load_backbone("toyworld")
+    scheduler = DDPMScheduler.from_config(parts.scheduler.config)
+    generator = torch.Generator().manual_seed(int(batch.seeds[0]))
+    u = torch.rand(3, generator=generator)
+    noise, noise_ref = (torch.randn(1, 4, 16, 16, generator=generator) for _ in range(2))
+    assert int(u[0] * 1000) == t
+    scale = parts.vae.config.scaling_factor
+    with torch.no_grad():
+        z, z_ref = (parts.vae.encode(x).latent_dist.mode() * scale for x in (batch.target, batch.reference[:, 0]))
+        ids = parts.tokenizer(batch.captions, padding="max_length", max_length=32, return_tensors="pt").input_ids
+        text = parts.text_encoder(ids)[0]
+        features = {}
+        reference_unet = copy.deepcopy(parts.unet)
+        for name, layer in reference_unet.named_modules():
+            if name.endswith("attn1"):
+                layer.register_forward_pre_hook(lambda _, args, name=name: features.update({name: args[0]}))
+        t_ = t.view(1)
+        reference_unet(scheduler.add_noise(z_ref, noise_ref, t_), t_, text)
+        for name, layer in parts.unet.named_modules():
+            if name.endswith("attn1"):
+
+                def rsa(attn, args, kwargs, output, name=name):
+                    f, f_ref = args[0], features[name]
+                    both = torch.cat([f, f_ref], 1)
+                    q, k, v = (
+                        x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                        for x in (attn.to_q(f), attn.to_k(both), attn.to_v(both))
+                    )
+                    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+                    return attn.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
+
+                layer.register_forward_hook(rsa, with_kwargs=True)
+        predicted = parts.unet(scheduler.add_noise(z, noise, t_), t_, text).sample
+        a = scheduler.alphas_cumprod[t]
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * z
+    torch.testing.assert_close(loss.detach(), (predicted - velocity).square().mean(), atol=1e-6, rtol=1e-4)
+
+
+def _one_rank(rank: int, store: str, batch: Batch, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    module = BootPIG("toyworld")
+    model = torch.nn.parallel.DistributedDataParallel(Step(module))
+    model(part(batch, slice(2 * rank, 2 * rank + 2))).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in module.trainable().items()}, out)
+    torch.distributed.destroy_process_group()
+
+
+class Step(torch.nn.Module):
+    def __init__(self, module: BootPIG) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.module.loss(batch, 0.5, 0.5)[0].mean()
+
+
+def test_two_processes_give_the_gradients_of_one(toy_data, tmp_path) -> None:
+    batch = make_batch(toy_data)
+    mp.spawn(_one_rank, (str(tmp_path / "store"), batch, str(tmp_path / "gradients")), nprocs=2)
+    both = torch.load(tmp_path / "gradients", weights_only=True)
+    module = BootPIG("toyworld")
+    module.loss(batch, 0.5, 0.5)[0].mean().backward()
+    for name, parameter in module.trainable().items():
+        torch.testing.assert_close(both[name], parameter.grad, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_prediction_type_is_checked_against_the_unet() -> None:
+    backbone = load_backbone("toyworld")
+    backbone.scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(InputError, match="prediction_type='epsilon', but this UNet predicts 'v_prediction'"):
+        check_prediction_type(backbone)
+    backbone.unet = type(backbone.unet).from_config(backbone.unet.config)  # random weights: nothing to conclude
+    check_prediction_type(backbone)
+
+
+def test_missing_base_model_is_named(tmp_path, monkeypatch) -> None:
+    with pytest.raises(InputError, match=f"hub id .*{tmp_path}/none"):
+        load_backbone(tmp_path / "none")
+    with pytest.raises(InputError, match=f"folder '{tmp_path}'"):
+        load_backbone(tmp_path)
+
+
+# -- interrupted runs --------------------------------------------------------------------------------------------------
+
+STEPS = 24
+
+
+def command(toy_data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pig.cli", "fit", "--config", "configs/bootpig/toyworld.yaml", "--run", str(run)),
+        *("--trainer.max_steps", str(STEPS), "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
+        *("--trainer.val_check_interval", "1000", "--trainer.callbacks", "[]"),
+        *("--trainer.callbacks+", "pig.callbacks.EMA", "--trainer.callbacks.decay", "0.9"),
+        *(
+            "--trainer.callbacks+",
+            "lightning.pytorch.callbacks.ModelCheckpoint",
+            "--trainer.callbacks.save_last",
+            "true",
+        ),
+        *("--trainer.callbacks.dirpath", str(run / "ckpt"), "--trainer.callbacks.every_n_train_steps", "3"),
+        *("--trainer.callbacks.save_top_k", "0"),
+        *("--data.shards", str(toy_data / "triplets"), "--data.val_shards", "null", "--data.batch_size", "6"),
+        *("--data.num_workers", "2", "--data.shuffle_block", "10", "--trainer.log_every_n_steps", "1"),
+        *more,
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_data, tmp_path_factory) -> dict:
+    run = tmp_path_factory.mktemp("whole")
+    finish(start(command(toy_data, run)))
+    return torch.load(run / "ckpt/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, tmp_path, uninterrupted, stop) -> None:
+    last = tmp_path / "ckpt/last.ckpt"
+    process = start(command(toy_data, tmp_path))
+    deadline = time.monotonic() + 200
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, stop)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    halfway = torch.load(last, weights_only=True)
+    assert 0 < halfway["global_step"] < STEPS
+    finish(start(command(toy_data, tmp_path, "--ckpt_path", str(last))))
+    resumed = torch.load(last, weights_only=True)
+    assert resumed["global_step"] == uninterrupted["global_step"] == STEPS
+    for name, weight in uninterrupted["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight), name
+    for name, average in uninterrupted["callbacks"]["EMA"]["average"].items():
+        assert torch.equal(resumed["callbacks"]["EMA"]["average"][name], average), name
+
+
+def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupted) -> None:
+    module = BootPIG("toyworld")
+    assert set(uninterrupted["state_dict"]) == set(module.trainable())
+    assert set(uninterrupted["callbacks"]["EMA"]["average"]) == set(module.trainable())
+    assert len(uninterrupted["optimizer_states"][0]["state"]) == len(module.trainable())
+    (position,) = uninterrupted["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert (position["epoch"], position["batch"]) == (1, STEPS - 96 // 6)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    module.load_state_dict(uninterrupted["state_dict"])
+    for name, parameter in module.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == (name in module.trainable()), name
+    with pytest.raises(InputError, match="1 missing"):
+        module.load_state_dict(dict(list(uninterrupted["state_dict"].items())[1:]))
+
+
+def test_ema_is_the_average_and_swaps_for_validation() -> None:
+    module, ema = BootPIG("toyworld", lr_reference=0.0), EMA(decay=0.75)
+    name, weight = next(iter(module.trainable().items()))
+    begin = weight.detach().clone()
+    ema.on_fit_start(None, module)  # type: ignore[arg-type]
+    trainer = type("Steps", (), {"global_step": 0})()
+    expected = begin.clone()
+    for step in (1, 2, 2, 3):  # the repeated one is inside an accumulation
+        if step > trainer.global_step:
+            weight.data += 1
+            expected = 0.75 * expected + 0.25 * weight.detach()
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, module, None, None, 0)
+    torch.testing.assert_close(ema.average[name], expected)
+    ema.on_validation_start(trainer, module)
+    torch.testing.assert_close(weight.detach(), expected)
+    ema.on_validation_end(trainer, module)
+    torch.testing.assert_close(weight.detach(), begin + 3)
+
+
+def test_weights_fit_their_budget() -> None:
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    assert sum(path.stat().st_size for path in files) < 40e6
