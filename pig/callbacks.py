@@ -1,4 +1,4 @@
-"""Lightning callbacks: exponential moving average of the trainable weights, and scores and samples at validation."""
+"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, images of `predict`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from pig.data.images import Job
+from pig.data.images import Job, save_generated
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import grid, load_image
 from pig.errors import InputError
@@ -21,8 +21,8 @@ from pig.models.backbone import resolve
 class EMA(Callback):
     """Keep a moving average of the trainable weights: ema <- decay ema + (1 - decay) weights, after each step.
 
-    Validation and `export` use the average; training goes on with the weights themselves. (Lightning's own
-    EMAWeightAveraging copies the frozen parts too, and puts them into every checkpoint.)
+    Validation, test, predict and `export` use the average; training goes on with the weights themselves. (Lightning's
+    own EMAWeightAveraging copies the frozen parts too, and puts them into every checkpoint.)
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -54,6 +54,9 @@ class EMA(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def _swap(self, pl_module: LightningModule) -> None:
         weights = _trainable(pl_module)
@@ -107,6 +110,8 @@ class SubjectSamples(Callback):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage not in ("fit", "validate"):
+            return
         self.subjects: list[SubjectFolder] = read_subjects(self.folder)[: self.max_subjects]
         self.clip = ClipEncoder(resolve(self.clip_name, "clip"))
         self.dino = DinoEncoder(resolve(self.dino_name, "dino"))
@@ -130,3 +135,15 @@ class SubjectSamples(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         sheet = grid(rows, size=128)
         sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")
+
+
+class SaveImages(Callback):
+    """Save what `predict` draws into a folder in the contract of `pig.data.images`, as it comes."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Job, batch_idx: int, *_: Any
+    ) -> None:
+        save_generated(self.folder, batch, outputs, method=type(pl_module).__name__, settings={})

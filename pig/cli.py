@@ -1,9 +1,9 @@
 """The one command line: `python -m pig.cli SUBCOMMAND`.
 
-    fit | validate | test        LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it
-    generate                     draw a subject with a trained model
-    evaluate                     score a folder of generated images
-    export                       a checkpoint -> a loadable model folder
+    fit | validate | test | predict   LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it
+    generate                          draw a subject with a trained model
+    evaluate                          score a folder of generated images
+    export                            a checkpoint -> a loadable model folder
 
 `python -m pig.cli SUBCOMMAND --help` lists the arguments.
 """
@@ -16,8 +16,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import jsonargparse
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,7 +31,7 @@ from pig.evaluation.benchmark import score_folder
 from pig.evaluation.metrics import ClipEncoder, DinoEncoder
 from pig.methods.base import PersonalisationModule
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import resolve
+from pig.models.backbone import TOYWORLD, resolve
 from pig.pipelines import BootPIGPipeline
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
@@ -62,25 +63,19 @@ def export(checkpoint: Path, out: Path) -> None:
         checkpoint: a `.ckpt` file of `fit`.
         out: folder for `BootPIGPipeline.from_pretrained`.
     """
-    if not checkpoint.is_file():
-        raise InputError(f"no checkpoint file {checkpoint}")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if "pig_method" not in state:
-        raise InputError(f"{checkpoint} is no checkpoint of pig's `fit`")
-    hyperparameters = {key: value for key, value in state["hyper_parameters"].items() if key != "_instantiator"}
-    module = BootPIG(**hyperparameters)
-    averages = [saved["average"] for saved in state["callbacks"].values() if "average" in saved]
-    module.load_state_dict(averages[0] if averages else state["state_dict"])
-    module.pipeline().save_pretrained(out)
-    print(f"{'EMA weights' if averages else 'weights'} of step {state['global_step']} -> {out}")
+    BootPIG.from_checkpoint(checkpoint).pipeline().save_pretrained(out)
+    print(f"{checkpoint} -> {out}")
 
 
 def load_pipeline(model: str | Path) -> BootPIGPipeline:
     """An exported model's folder, or `toyworld` for the embedded one."""
-    folder = Path(resolve(model, "bootpig"))
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is no exported model: it has no model_index.json (make one with `export`)")
-    pipeline = BootPIGPipeline.from_pretrained(folder)
+    if str(model) == TOYWORLD:
+        pipeline = BootPIG.embedded().pipeline()
+    elif not (Path(model) / "model_index.json").is_file():
+        raise InputError(f"{model} is no exported model: it has no model_index.json (make one with `export`)")
+    else:
+        pipeline = BootPIGPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=None)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -112,10 +107,8 @@ def generate(
         width: likewise.
         seed: of the first image of each prompt.
     """
-    if not references:
-        raise InputError("--references: give at least one picture of the subject")
-    if not prompt or not all(text.strip() for text in prompt):
-        raise InputError("--prompt: give at least one prompt")
+    if not all(text.strip() for text in prompt):
+        raise InputError("--prompt: an empty prompt")
     cutouts = [load_cutout(path) for path in references]
     pipeline = load_pipeline(model)
     subject = SubjectFolder("references", "", tuple(references), tuple(prompt))
@@ -162,11 +155,20 @@ COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "evaluate": ev
 
 
 def run(args: list[str]) -> Any:
-    if args and args[0] in COMMANDS:
-        parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=COMMANDS[args[0]].__doc__)
-        parser.add_function_arguments(COMMANDS[args[0]], as_positional=False)
-        return COMMANDS[args[0]](**parser.instantiate_classes(parser.parse_args(args[1:])).as_dict())
-    return CLI()
+    if not args or args[0] not in COMMANDS:
+        return CLI()
+    command = COMMANDS[args[0]]
+    parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=command.__doc__)
+    # Lists as everyone types them, `--references a.jpg b.jpg`; jsonargparse's own form is `[a.jpg,b.jpg]`.
+    lists = {name: hint for name, hint in get_type_hints(command).items() if get_origin(hint) is list}
+    for parameter in docstring_parser.parse(command.__doc__ or "").params:
+        if parameter.arg_name in lists:
+            (kind,) = get_args(lists[parameter.arg_name])
+            parser.add_argument(
+                f"--{parameter.arg_name}", nargs="+", type=kind, required=True, help=parameter.description
+            )
+    parser.add_function_arguments(command, as_positional=False, skip=set(lists))
+    return command(**parser.parse_args(args[1:]).as_dict())
 
 
 def main() -> None:
@@ -174,11 +176,21 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         run(sys.argv[1:])
-    except InputError as error:
+    except Exception as error:
+        mistake = find_input_error(error)
+        if mistake is None:
+            raise
         # A loader's worker process wraps the message in its traceback.
-        message = re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(error)).strip()
+        message = re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(mistake)).strip()
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """The user's mistake behind an error: jsonargparse wraps what the classes it instantiates raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pig import diffusion
 from pig.attention import Pooling
+from pig.data.images import Job
 from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.methods.base import PersonalisationModule, Schedule
-from pig.models.backbone import encode_images, encode_text, load_backbone
+from pig.models.backbone import TOYWORLD, WEIGHTS, encode_images, encode_text, load_backbone
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.bootpig import BootPIGPipeline, ReferenceCaption, reference_prompt
+
+EMBEDDED = WEIGHTS / "bootpig/trainable.safetensors"
 
 
 class BootPIG(PersonalisationModule):
@@ -84,6 +91,11 @@ class BootPIG(PersonalisationModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.log_by_timestep("test", *self.loss(batch, 0.0, 0.0))
 
+    def predict_step(self, job: Job, batch_idx: int) -> Image.Image:
+        """Draw a subject under a prompt, from all its pictures, with the paper's sampling (section 4.1)."""
+        generator = torch.Generator().manual_seed(job.seed)
+        return self.pipeline()(job.prompt, job.subject.references(), generator=generator).images[0]
+
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
         z_0, z_ref_0 = encode_images(self.vae, batch.target), self._encode_references(batch.reference)
@@ -112,6 +124,32 @@ class BootPIG(PersonalisationModule):
     def _encode_references(self, references: Tensor) -> Tensor:
         """(B, K, 3, H, W) in [-1, 1] -> (B, K, 4, h, w)."""
         return encode_images(self.vae, references.flatten(0, 1)).unflatten(0, references.shape[:2])
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Path) -> BootPIG:
+        """The module of a checkpoint of `fit`, with its EMA weights if it has any."""
+        if not checkpoint.is_file():
+            raise InputError(f"no checkpoint file {checkpoint}")
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise InputError(f"{checkpoint} is no checkpoint, or a torn one: {str(error).splitlines()[0]}") from error
+        if state.get("pig_method") != cls.__name__:
+            raise InputError(
+                f"{checkpoint} is no checkpoint of {cls.__name__}: its pig_method is {state.get('pig_method')}"
+            )
+        # Names with an underscore are LightningCLI's own.
+        module = cls(**{key: value for key, value in state["hyper_parameters"].items() if not key.startswith("_")})
+        averages = [saved["average"] for saved in state["callbacks"].values() if "average" in saved]
+        module.load_state_dict(averages[0] if averages else state["state_dict"])
+        return module
+
+    @classmethod
+    def embedded(cls) -> BootPIG:
+        """The model that ships with the package, trained on the toy world."""
+        module = cls(TOYWORLD)
+        module.load_state_dict(load_file(EMBEDDED))
+        return module
 
     def pipeline(self) -> BootPIGPipeline:
         pipeline = BootPIGPipeline(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import psutil
 import torch
@@ -23,14 +23,14 @@ from pig import diffusion
 from pig.attention import Pooling
 from pig.data.transforms import cut_out, reference_picture, to_images, to_tensor
 from pig.errors import InputError
-from pig.models.backbone import check_size, decode_latents, encode_images, tokenize, vae_scale
+from pig.models.backbone import align, check_size, decode_latents, encode_images, tokenize, vae_scale
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.guidance import image_text_guidance
 
 ReferenceCaption = Literal["caption", "object"]
 
 
-def reference_prompt(caption: str, kind: ReferenceCaption) -> str:
+def reference_prompt(caption: str, kind: str) -> str:
     """What the Reference UNet is told: the caption (paper), or its words before the first comma (release)."""
     return caption if kind == "caption" else caption.split(",")[0]
 
@@ -54,12 +54,14 @@ class BootPIGPipeline(DiffusionPipeline):
         base_unet: UNet2DConditionModel,
         reference_unet: UNet2DConditionModel,
         scheduler: UniPCMultistepScheduler,
-        pooling: Pooling = "softmax",
+        pooling: str = "softmax",  # diffusers understands no Literal here; TwoUNet checks it
         reference_key_scale: float = 1.0,
         reference_timestep: int | None = None,
-        reference_caption: ReferenceCaption = "caption",
+        reference_caption: str = "caption",
     ) -> None:
         super().__init__()
+        for part in (vae, text_encoder, base_unet, reference_unet):
+            align(part)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -74,7 +76,9 @@ class BootPIGPipeline(DiffusionPipeline):
             reference_timestep=reference_timestep,
             reference_caption=reference_caption,
         )
-        self.model = TwoUNet(base_unet, reference_unet, pooling=pooling, reference_key_scale=reference_key_scale)
+        self.model = TwoUNet(
+            base_unet, reference_unet, pooling=cast(Pooling, pooling), reference_key_scale=reference_key_scale
+        )
 
     @torch.no_grad()
     def __call__(

@@ -1,10 +1,11 @@
 """Train the toy world's small models from nothing, in the formats of the big ones.
 
-    python -m pig.toyworld.pretrain vae|clip|dino|unet [--out DIR] [--work DIR]
+    python -m pig.toyworld.pretrain vae|clip|vision|dino|unet|bootpig [--out DIR] [--work DIR]
 
 Each stage is a LightningModule with its settings at the top of the class; a stage that was stopped goes on from its
 last checkpoint in `--work`. `clip` also makes the tokenizer, and `unet` needs `vae` and `clip`. What the stages leave
 in `--out` is `base/` (a Stable Diffusion folder), `clip/` and `dino/`: loaded by the same code as the hub's models.
+`bootpig` packs what `fit` with `configs/bootpig/toyworld_weights.yaml` has trained; `make toyworld-weights` does all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +53,7 @@ from transformers.image_utils import (
 )
 
 from pig import diffusion
+from pig.methods.bootpig import EMBEDDED, BootPIG
 from pig.toyworld import scene
 
 SIZE = 64  # pixels
@@ -418,7 +421,7 @@ class UNetStage(Stage):
     v-prediction: at this size it gives clean pictures long before epsilon-prediction does.
     """
 
-    steps, batch_size, lr = 8000, 32, 1e-3
+    steps, batch_size, lr = 7500, 32, 1e-3
     ema = 0.999
     caption_dropout = 0.1  # trains the empty prompt, for classifier-free guidance
 
@@ -521,13 +524,25 @@ def make_stage(name: str, out: Path) -> Stage:
     return {"vae": VAEStage, "clip": CLIPStage, "dino": DINOStage}[name]()
 
 
+def pack_bootpig(checkpoint: Path, out: Path) -> None:
+    """Keep what BootPIG trained and no more: the rest is the base model's."""
+    module = BootPIG.from_checkpoint(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: weight.detach().half().contiguous() for name, weight in module.trainable().items()}, out / EMBEDDED.name
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pig.toyworld.pretrain", description=__doc__)
-    parser.add_argument("stage", choices=("vae", "clip", "vision", "dino", "unet"))
+    parser.add_argument("stage", choices=("vae", "clip", "vision", "dino", "unet", "bootpig"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--work", type=Path, default=Path("runs/toyworld"), help="checkpoints of unfinished stages")
     args = parser.parse_args()
 
+    if args.stage == "bootpig":
+        pack_bootpig(args.work / "bootpig/fit/checkpoints/last.ckpt", args.out / "bootpig")
+        return
     torch.manual_seed(0)
     stage = make_stage(args.stage, args.out)
     last = args.work / args.stage / "last.ckpt"

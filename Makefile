@@ -1,0 +1,57 @@
+# `make demo` and `make test` need Python 3.11+, make and a C compiler; they build .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/bootpig/toyworld.yaml
+ARGS ?=
+WEIGHTS_RUN := runs/toyworld/bootpig
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types datagen train eval toyworld-weights clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+demo: .venv/.ready ## triplets -> training -> images of unseen subjects -> scores, on the toy world, into runs/demo
+	$(BIN)/python -m pig.demo
+
+test: lint types ## lint, types and all tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/.ready ## ruff: rules and format
+	$(BIN)/ruff check pig data_gen tests
+	$(BIN)/ruff format --check pig data_gen tests
+
+types: .venv/.ready ## mypy on pig/ and data_gen/
+	$(BIN)/mypy
+
+datagen: .venv/.ready ## toy triplets and held-out subjects into runs/demo/data
+	$(BIN)/python -m data_gen triplets --out runs/demo/data/triplets
+	$(BIN)/python -m data_gen triplets --out runs/demo/data/val --count 64 --first_seed 1100000000
+	$(BIN)/python -m data_gen subjects --out runs/demo/data/subjects
+
+train: .venv/.ready ## python -m pig.cli fit --config $(CONFIG) $(ARGS); after datagen or with data of your own
+	$(BIN)/python -m pig.cli fit --config $(CONFIG) $(ARGS)
+
+eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` does any folder
+	$(BIN)/python -m pig.cli evaluate --images runs/demo/images --subjects runs/demo/data/subjects --out runs/demo/eval
+
+toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
+	for stage in vae clip vision dino unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done
+	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/triplets --count 24000
+	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/val --count 64 --first_seed 1100000000
+	$(BIN)/python -m data_gen subjects --out $(WEIGHTS_RUN)/data/subjects
+	$(BIN)/python -m pig.cli fit --config $(CONFIG) --config configs/bootpig/toyworld_weights.yaml \
+		$(if $(wildcard $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt),--ckpt_path $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt)
+	$(BIN)/python -m pig.toyworld.pretrain bootpig
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+# uv resolves torch and torchvision as a matching pair from one index.
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pig needs Python 3.11 or later; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	touch $@

@@ -1,0 +1,196 @@
+"""The command line as a user meets it: every config instantiates, and bad input ends with its message and code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from pig import cli, demo
+from pig.data.modules import TripletDataModule
+from pig.methods.bootpig import BootPIG
+
+CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+TOY = "configs/bootpig/toyworld.yaml"
+# What stands over another config, and what must differ on a machine without GPUs and without a hub.
+BELOW = {
+    "sd21_release.yaml": "configs/bootpig/sd21.yaml",
+    "sd21_fixed_timestep.yaml": "configs/bootpig/sd21.yaml",
+    "toyworld_weights.yaml": TOY,
+}
+HERE = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--model.base=toyworld"]
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.CLI:
+    monkeypatch.setattr(sys, "argv", ["pig.cli", *arguments])
+    return cli.CLI(run=False)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_config_instantiates(monkeypatch, tmp_path, config) -> None:
+    files = [BELOW[config.name], str(config)] if config.name in BELOW else [str(config)]
+    arguments = [f"--config={file}" for file in files]
+    made = parse(monkeypatch, *arguments, *HERE, f"--run={tmp_path}")
+    assert isinstance(made.model, BootPIG)
+    assert isinstance(made.datamodule, TripletDataModule)
+    assert isinstance(made.trainer, Trainer)
+    assert made.trainer.gradient_clip_val == 1.0
+    model = yaml.safe_load(config.read_text()).get("model", {"init_args": {}})["init_args"]
+    for name, value in model.items():
+        if name != "base":
+            assert made.model.hparams[name] == value, name
+
+
+def test_the_papers_setting() -> None:
+    paper = yaml.safe_load(Path("configs/bootpig/sd21.yaml").read_text())
+    model, trainer, data = paper["model"]["init_args"], paper["trainer"], paper["data"]
+    assert (model["lr_reference"], model["lr_rsa"]) == (5e-6, 1e-6)
+    assert (model["reference_dropout"], model["caption_dropout"]) == (0.15, 0.15)
+    assert (trainer["max_steps"], trainer["gradient_clip_val"], data["batch_size"]) == (10000, 1.0, 64)
+
+
+def test_short_overrides_and_interpolation(monkeypatch, tmp_path) -> None:
+    made = parse(monkeypatch, f"--config={TOY}", f"--run={tmp_path}", "--model.reference_dropout=0.3")
+    assert made.model.reference_dropout == 0.3
+    assert made.datamodule.shards == f"{tmp_path}/data/triplets"
+
+
+def test_the_demo_announces_what_its_config_says() -> None:
+    config = yaml.safe_load(Path(TOY).read_text())
+    assert config["trainer"]["max_steps"] == demo.TRAINING_STEPS
+    assert config["data"]["batch_size"] == demo.BATCH_SIZE
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """Run the real command; returns what it printed to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pig.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 2, (done.stdout + done.stderr)[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_no_shard_matches(tmp_path) -> None:
+    message = refused("fit", "--config", TOY, "--run", str(tmp_path))
+    assert f"error: no shard matches ['{tmp_path}/data/triplets']" in message
+
+
+def test_mistyped_key(tmp_path) -> None:
+    assert "reference_dropuot" in refused("fit", "--config", TOY, "--model.reference_dropuot", "0.2")
+
+
+def test_missing_base_model_offline(tmp_path) -> None:
+    message = refused("fit", "--config", TOY, "--model.base", "nobody/nothing", HF_HUB_OFFLINE="1")
+    assert (
+        "error: cannot load the base model: tried hub id (there is no such folder) 'nobody/nothing', offline" in message
+    )
+
+
+def run_inline(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """The same `main`, without the seconds that a new process takes."""
+    monkeypatch.setattr(sys, "argv", ["pig.cli", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+def test_generate_refuses_bad_input(monkeypatch, capsys, tmp_path) -> None:
+    picture, out = str(tmp_path / "a.png"), tmp_path / "out"
+    Image.new("RGB", (20, 20)).save(picture)
+    (tmp_path / "bad.png").write_bytes(b"no")
+    for arguments, message in (
+        (["--references"], "expected at least one argument"),
+        (["--references", str(tmp_path / "none.png")], "cannot read image"),
+        (["--references", str(tmp_path / "bad.png")], "cannot read image"),
+        (["--references", picture, "--model", str(tmp_path)], "is no exported model"),
+        (["--references", picture, "--height", "60"], "size 64x60"),
+        (["--references", picture, "--image_guidance", "-1"], "guidance must be at least 0"),
+        (["--references", picture, "--prompt", " "], "an empty prompt"),
+    ):
+        prompt = [] if "--prompt" in arguments else ["--prompt", "a photo of a mug"]
+        code, error = run_inline(monkeypatch, capsys, "generate", *prompt, "--out", str(out), *arguments)
+        assert code == 2
+        assert message in error, error
+        assert not out.exists()
+
+
+def test_fit_export_generate_evaluate(monkeypatch, capsys, toy_data, tmp_path) -> None:
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["pig.cli", *map(str, arguments)])
+        cli.main()
+
+    over = tmp_path / "over.yaml"
+    over.write_text(
+        f"""
+run: {tmp_path}
+trainer:
+  max_steps: 2
+  val_check_interval: 2
+  log_every_n_steps: 1
+  callbacks:
+    - class_path: pig.callbacks.EMA
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: "{tmp_path}", filename: two, every_n_train_steps: 2}}
+    - class_path: pig.callbacks.SubjectSamples
+      init_args: {{subjects: "{toy_data}/subjects", clip: toyworld, dino: toyworld, max_subjects: 2, steps: 2}}
+data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size: 4}}
+"""
+    )
+    call("fit", "--config", TOY, "--config", over)
+    checkpoint = tmp_path / "two.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    columns = set((tmp_path / "fit/metrics.csv").read_text().splitlines()[0].split(","))
+    assert {"train/loss", "grad_norm/reference_unet", "grad_norm/rsa", "samples_per_second"} <= columns
+    assert {"val/loss", "val/dino", "val/clip_t", "val/clip_i"} <= columns
+    assert any(column.startswith("train/loss_t") for column in columns)
+    assert list((tmp_path / "fit/samples").glob("*.png"))
+    assert (tmp_path / "fit/config.yaml").exists()
+    call("validate", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
+    call("test", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
+
+    arguments = ["--ckpt_path", checkpoint, "--data.predict_subjects", toy_data / "subjects"]
+    arguments += ["--trainer.limit_predict_batches", "2", "--trainer.callbacks", "pig.callbacks.SaveImages"]
+    call("predict", "--config", TOY, *arguments, "--trainer.callbacks.folder", tmp_path / "predicted")
+    assert [path.name for path in sorted((tmp_path / "predicted/boat_000").glob("*"))] == ["0", "1"]
+
+    export, images, subjects = tmp_path / "export", tmp_path / "images", toy_data / "subjects"
+    references = sorted((subjects / "mug_006").glob("0?.png"))[:2]
+    call("export", "--checkpoint", checkpoint, "--out", export)
+    common = ["--references", *references, "--prompt", "a photo of a mug, in space", "--steps", 2, "--out", images]
+    call("generate", *common, "--images_per_prompt", 2, "--model", export)
+    drawn = sorted(images.rglob("*.png"))
+    assert [path.name for path in drawn] == ["0.png", "1.png"]
+    assert Image.open(drawn[0]).size == (64, 64)
+
+    drawn[0].parent.parent.rename(images / "mug_006")
+    call("evaluate", "--images", images, "--subjects", subjects, "--out", tmp_path / "scores")
+    assert "dino" in capsys.readouterr().out
+    assert (tmp_path / "scores/scores.json").exists()
+    arguments = ("export", "--checkpoint", str(references[0]), "--out", str(tmp_path / "x"))
+    code, error = run_inline(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "no checkpoint" in error
+
+
+def test_generate_with_the_embedded_model(monkeypatch, tmp_path) -> None:
+    """What the README shows: no model named, references as they come from a camera."""
+    picture = tmp_path / "photo.jpg"
+    Image.new("RGB", (90, 40), (200, 30, 30)).save(picture)
+    out = tmp_path / "out"
+    arguments = ["generate", "--references", str(picture), "--prompt", "a photo of a mug, on a beach", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["pig.cli", *arguments, "--images_per_prompt", "1", "--out", str(out)])
+    cli.main()
+    assert len((out / "manifest.jsonl").read_text().splitlines()) == 1
