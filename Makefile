@@ -15,7 +15,7 @@ demo: .venv/.ready ## triplets -> training -> images of unseen subjects -> score
 	$(BIN)/python -m pig.demo
 
 test: lint types ## lint, types and all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check pig data_gen tests

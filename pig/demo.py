@@ -67,10 +67,11 @@ def main() -> None:
     run("data_gen", "triplets", out=data / "triplets", count=TRIPLETS)
     run("data_gen", "triplets", out=data / "val", count=64, first_seed=scene.HELD_OUT_SEED + 10**8)
     run("data_gen", "subjects", out=data / "subjects", count=SUBJECTS)
-    last = out / "fit/checkpoints/last.ckpt"
-    resume = {"ckpt_path": last} if last.exists() else {}
-    run("pig.cli", "fit", config=CONFIG, run=out, **resume)
-    run("pig.cli", "export", checkpoint=last, out=out / "export")
+    if not (out / "export/model_index.json").exists():
+        last = out / "fit/checkpoints/last.ckpt"
+        resume = {"ckpt_path": last} if last.exists() else {}
+        run("pig.cli", "fit", config=CONFIG, run=out, **resume)
+        run("pig.cli", "export", checkpoint=last, out=out / "export")
 
     subjects = read_subjects(data / "subjects")
     draw_all(out, subjects)
@@ -79,14 +80,15 @@ def main() -> None:
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     summary = summarise(scores)
     draw_grid(out, subjects)
+    logs = sorted((out / "fit").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     write_report(
         out / "report.html",
         title="BootPIG on the toy world",
         summary=summary,
         scores=scores,
         grid_png=out / "grid.png",
-        curve=read_curve(out / "fit/metrics.csv", "train/loss"),
-        settings=(out / "fit/config.yaml").read_text(),
+        curve=read_curve([path / "metrics.csv" for path in logs], "train/loss"),
+        settings=(logs[-1] / "config.yaml").read_text(),
     )
     console.print(score_table(scores))
     for line in summary:

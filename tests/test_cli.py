@@ -152,12 +152,12 @@ data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size:
     call("fit", "--config", TOY, "--config", over)
     checkpoint = tmp_path / "two.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
-    columns = set((tmp_path / "fit/metrics.csv").read_text().splitlines()[0].split(","))
+    columns = set((tmp_path / "fit/version_0/metrics.csv").read_text().splitlines()[0].split(","))
     assert {"train/loss", "grad_norm/reference_unet", "grad_norm/rsa", "samples_per_second"} <= columns
     assert {"val/loss", "val/dino", "val/clip_t", "val/clip_i"} <= columns
     assert any(column.startswith("train/loss_t") for column in columns)
-    assert list((tmp_path / "fit/samples").glob("*.png"))
-    assert (tmp_path / "fit/config.yaml").exists()
+    assert list((tmp_path / "fit/version_0/samples").glob("*.png"))
+    assert (tmp_path / "fit/version_0/config.yaml").exists()
     call("validate", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
     call("test", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
 

@@ -115,8 +115,9 @@ def test_score_networks_tell_subjects_and_prompts_apart(toy_data, clip, dino) ->
 
 def test_report_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/dino\n0,0.5,\n10,,0.3\n20,0.25,\n")
-    curve = read_curve(tmp_path / "metrics.csv", "train/loss")
-    assert curve == [(0, 0.5), (20, 0.25)]
+    (tmp_path / "resumed.csv").write_text("step,train/loss\n20,0.125\n30,0.1\n")
+    curve = read_curve([tmp_path / "metrics.csv", tmp_path / "resumed.csv"], "train/loss")
+    assert curve == [(0, 0.5), (20, 0.125), (30, 0.1)]
     picture = Image.new("RGB", (8, 8), (255, 0, 0))
     labelled_grid(["a", "b"], [("one", [picture, picture])], size=32).save(tmp_path / "grid.png")
     scores = {"trained": {"dino": 0.5, "clip_t": 0.25}}

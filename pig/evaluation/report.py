@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -43,11 +43,13 @@ def labelled_grid(
     return sheet
 
 
-def read_curve(metrics: Path, column: str) -> list[tuple[int, float]]:
-    """(step, value) of a column in CSVLogger's file."""
-    with metrics.open() as stream:
-        rows = list(csv.DictReader(stream))
-    return [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+def read_curve(files: Iterable[Path], column: str) -> list[tuple[int, float]]:
+    """(step, value) of a column in CSVLogger's files; where a run was resumed, the later file counts."""
+    curve = {}
+    for file in files:
+        with file.open() as stream:
+            curve.update({int(row["step"]): float(row[column]) for row in csv.DictReader(stream) if row.get(column)})
+    return sorted(curve.items())
 
 
 def _curve_svg(curve: Sequence[tuple[int, float]], width: int = 640, height: int = 180) -> str:

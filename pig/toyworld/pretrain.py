@@ -550,7 +550,7 @@ def main() -> None:
         max_steps=stage.steps,
         precision="bf16-mixed",
         gradient_clip_val=1.0,
-        logger=CSVLogger(args.work, name=args.stage, version=""),
+        logger=CSVLogger(args.work, name=args.stage),
         accelerator="auto",
         devices=1,
         callbacks=[

@@ -1,0 +1,72 @@
+"""The folder of generated images: `SUBJECT/PROMPT_INDEX/SEED.png` and `manifest.jsonl` (contract: `pig.data.schema`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pig.data.schema import GeneratedImage
+from pig.data.subjects import SubjectFolder
+from pig.errors import InputError
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw: a prompt about a subject, by index into the subject's prompts, and a seed."""
+
+    subject: SubjectFolder
+    prompt_index: int
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return self.subject.prompts[self.prompt_index]
+
+
+def save_generated(
+    folder: Path, job: Job, image: Image.Image, *, method: str, settings: Mapping[str, Any]
+) -> GeneratedImage:
+    """Save the image at its place and append its line to the manifest."""
+    file = Path(job.subject.name) / str(job.prompt_index) / f"{job.seed}.png"
+    line = GeneratedImage(
+        subject=job.subject.name,
+        class_noun=job.subject.class_noun,
+        prompt=job.prompt,
+        prompt_index=job.prompt_index,
+        seed=job.seed,
+        file=str(file),
+        method=method,
+        settings=settings,
+    )
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    image.save(folder / file)
+    with (folder / MANIFEST).open("a") as manifest:
+        manifest.write(json.dumps(asdict(line)) + "\n")
+    return line
+
+
+def read_generated(folder: Path, subjects: Sequence[SubjectFolder]) -> list[tuple[Job, Path]]:
+    """All generated images of these subjects, by their names alone, in a fixed order.
+
+    Raises:
+        InputError: there are none, or a folder's name is no prompt index of its subject.
+    """
+    found = []
+    for subject in subjects:
+        for path in sorted((folder / subject.name).glob("*/*.png")):
+            index = path.parent.name
+            if not index.isdigit() or int(index) >= len(subject.prompts):
+                raise InputError(
+                    f"{path}: {index!r} is no prompt index of {subject.name} (0..{len(subject.prompts) - 1})"
+                )
+            found.append((Job(subject, int(index), int(path.stem) if path.stem.isdigit() else 0), path))
+    if not found:
+        raise InputError(f"no generated images in {folder}: expected SUBJECT/PROMPT_INDEX/SEED.png")
+    return found

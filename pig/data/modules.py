@@ -1,0 +1,296 @@
+"""Stream triplet shards into training: seeded order, split over ranks and workers, resumable in mid-epoch.
+
+The order of an epoch is a plan made from counts alone: the shards in an order drawn from (seed, epoch), their samples
+at positions 0, 1, 2, ... behind one another. Each rank owns a span of positions and each of its workers a span of
+batches; inside a span, blocks of `shuffle_block` samples are read and permuted. So the position reached says exactly
+which samples were seen: a resumed run passes over finished blocks without reading their shards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pig.data.images import Job
+from pig.data.schema import Batch, Triplet
+from pig.data.shards import BadSampleError, Raw, Shard, decode_triplet, find_shards, read_shard
+from pig.data.subjects import read_subjects
+from pig.data.transforms import ReferenceAugmentation, target_picture, to_tensor
+from pig.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class TripletDataset(IterableDataset[Batch]):
+    """One rank's batches of one epoch; `start` says which epoch, and where in it.
+
+    Args:
+        drop_last: leave out the samples that fill no whole batch on every rank (other ones in each epoch), so that
+            all ranks take equally many steps.
+        max_bad_samples: how many different unusable samples a worker replaces before it gives up.
+    """
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        *,
+        batch_size: int,
+        resolution: int,
+        augmentation: ReferenceAugmentation,
+        seed: int,
+        shuffle_block: int,
+        max_bad_samples: int,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.shards, self.batch_size, self.resolution = shards, batch_size, resolution
+        self.augmentation, self.seed, self.shuffle_block = augmentation, seed, shuffle_block
+        self.max_bad_samples, self.bad = max_bad_samples, set[str]()
+        self.epoch, self.first_batch = 0, 0
+        total = sum(shard.stats.count for shard in shards)
+        if drop_last:
+            per_rank = total // (batch_size * world_size) * batch_size
+            self.span = (rank * per_rank, (rank + 1) * per_rank)
+        else:
+            self.span = (rank * total // world_size, (rank + 1) * total // world_size)
+        if self.span[0] == self.span[1]:
+            raise InputError(
+                f"the shards hold {total} samples, less than one batch of {batch_size} for each of {world_size} "
+                "processes: lower data.batch_size or make more shards"
+            )
+
+    def __len__(self) -> int:
+        return -(-(self.span[1] - self.span[0]) // self.batch_size)
+
+    def start(self, *, epoch: int, first_batch: int) -> None:
+        """Let the next iteration give this epoch from this batch (of the rank) on."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def fingerprint(self) -> str:
+        """Changes with whatever changes the order of samples."""
+        plan = [
+            [shard.stats.sha256 for shard in self.shards],
+            self.batch_size,
+            self.seed,
+            self.shuffle_block,
+            self.span,
+        ]
+        return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # The loader takes batches from its workers in turn, beginning with worker 0 also when it resumes: so the part
+        # whose turn it is goes to worker 0, and the first `len % workers` parts are one batch longer.
+        index = (index + self.first_batch) % workers
+        share = [len(self) // workers + (i < len(self) % workers) for i in range(workers)]
+        seen = self.first_batch // workers + (index < self.first_batch % workers)
+        anchor = self.span[0] + sum(share[:index]) * self.batch_size
+        end = min(anchor + share[index] * self.batch_size, self.span[1])
+        samples = self._samples(anchor, anchor + seen * self.batch_size, end)
+        while batch := list(itertools.islice(samples, self.batch_size)):
+            yield self._collate(batch)
+
+    def _samples(self, anchor: int, begin: int, end: int) -> Iterator[tuple[Triplet, int]]:
+        """(triplet, seed) for the positions from `begin` to `end`, in blocks counted from `anchor`."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))
+        for block in range(anchor, end, self.shuffle_block):
+            stop = min(block + self.shuffle_block, end)
+            if stop <= begin:
+                continue
+            raw = list(self._read([self.shards[i] for i in order], block, stop))
+            shuffled = np.random.default_rng([self.seed, self.epoch, block]).permutation(len(raw))
+            for position in range(max(block, begin), stop):
+                triplet = self._first_good(raw, np.roll(shuffled, block - position))
+                seed = np.random.SeedSequence([self.seed, self.epoch, position]).generate_state(1, np.uint64)[0]
+                yield triplet, int(seed >> 1)
+
+    @staticmethod
+    def _read(shards: list[Shard], begin: int, end: int) -> Iterator[Raw | BadSampleError]:
+        starts = list(itertools.accumulate((shard.stats.count for shard in shards), initial=0))
+        for i in range(bisect.bisect_right(starts, begin) - 1, len(shards)):
+            if starts[i] >= end:
+                break
+            yield from itertools.islice(read_shard(shards[i]), max(0, begin - starts[i]), end - starts[i])
+
+    def _first_good(self, raw: list[Raw | BadSampleError], order: np.ndarray) -> Triplet:
+        """The first of the samples that is usable: a bad one is named, counted and replaced by its neighbour."""
+        for index in order:
+            sample = raw[index]
+            try:
+                if isinstance(sample, BadSampleError):
+                    raise sample
+                return decode_triplet(sample)
+            except BadSampleError as error:
+                if str(error) not in self.bad:
+                    self.bad.add(str(error))
+                    log.warning("bad sample %d, replaced: %s", len(self.bad), error)
+                if len(self.bad) > self.max_bad_samples:
+                    raise InputError(
+                        f"{len(self.bad)} bad samples, more than data.max_bad_samples={self.max_bad_samples}; "
+                        f"the last: {error}. Make the shards again, or raise the limit"
+                    ) from error
+        raise InputError(f"none of {len(raw)} samples in a row is usable; the last: {max(self.bad, default='')}")
+
+    def _collate(self, samples: list[tuple[Triplet, int]]) -> Batch:
+        size = self.resolution
+        triplets, seeds = zip(*samples, strict=True)
+        references = [
+            self.augmentation(triplet.reference, size, np.random.default_rng(seed)) for triplet, seed in samples
+        ]
+        return Batch(
+            target=torch.stack([to_tensor(target_picture(triplet.target, size)) for triplet in triplets]),
+            reference=torch.stack([to_tensor(picture) for picture in references])[:, None],
+            captions=[triplet.caption for triplet in triplets],
+            objects=[triplet.object for triplet in triplets],
+            seeds=torch.tensor(seeds, dtype=torch.int64),
+            keys=[triplet.key for triplet in triplets],
+        )
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A DataLoader whose `state_dict` says which batch comes next; Lightning saves and restores it by itself."""
+
+    dataset: TripletDataset
+
+    def __init__(self, dataset: TripletDataset, *, num_workers: int, pin_memory: bool) -> None:
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is)
+        self.epoch, self.batch = 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.dataset.start(epoch=self.epoch, first_batch=self.batch)
+        for batch in super().__iter__():
+            self.batch += 1
+            if self.batch == len(self.dataset):
+                self.epoch, self.batch = self.epoch + 1, 0
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "num_workers": self.num_workers,
+            "fingerprint": self.dataset.fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        now = self.state_dict()
+        changed = [name for name in ("num_workers", "fingerprint") if state[name] != now[name]]
+        if changed and state["batch"]:
+            raise InputError(
+                "the checkpoint stands in mid-epoch of other data: "
+                + "; ".join(f"{name} was {state[name]}, is {now[name]}" for name in changed)
+                + ". The fingerprint covers shards, batch_size, seed, shuffle_block and number of processes; resume "
+                "with the same ones, or start a new run from the weights"
+            )
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class TripletDataModule(LightningDataModule):
+    """Triplets for `fit`, `validate` and `test`; subjects and prompts for `predict`.
+
+    Args:
+        shards: training shards: a folder, glob, brace pattern or URL, or a list of such.
+        batch_size: samples per process and step.
+        resolution: side of targets and references in pixels.
+        val_shards: held-out shards for the validation (and test) loss.
+        predict_subjects: a folder of subjects (`pig.data.subjects`); `predict` draws each under all its prompts.
+        augmentation: of the reference; the paper's by default.
+        num_workers: loader processes; 0 reads in the training process.
+        seed: of order, augmentation, noise and dropout.
+        shuffle_block: samples that are read and permuted at a time, in each worker.
+        max_bad_samples: unusable samples after which a worker stops the training.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        *,
+        batch_size: int,
+        resolution: int,
+        val_shards: str | list[str] | None = None,
+        predict_subjects: str | None = None,
+        augmentation: ReferenceAugmentation | None = None,
+        num_workers: int = 4,
+        seed: int = 0,
+        shuffle_block: int = 1000,
+        max_bad_samples: int = 100,
+    ) -> None:
+        super().__init__()
+        if resolution % 8 or resolution <= 0:
+            raise InputError(f"data.resolution must be a multiple of 8, got {resolution}")
+        if batch_size < 1 or shuffle_block < 1:
+            raise InputError("data.batch_size and data.shuffle_block must be at least 1")
+        self.shards, self.val_shards, self.predict_subjects = shards, val_shards, predict_subjects
+        self.batch_size, self.resolution, self.num_workers = batch_size, resolution, num_workers
+        self.augmentation = augmentation or ReferenceAugmentation()
+        self.seed, self.shuffle_block, self.max_bad_samples = seed, shuffle_block, max_bad_samples
+
+    def prepare_data(self) -> None:
+        """Look at the first sample of some shards, before anything long starts."""
+        if self.trainer and self.trainer.predicting:
+            return
+        for spec in filter(None, (self.shards, self.val_shards)):
+            found, _ = find_shards(spec)
+            errors = []
+            for shard in found[:8]:
+                try:
+                    first = next(iter(read_shard(shard)))
+                    if isinstance(first, BadSampleError):
+                        raise first
+                    decode_triplet(first)
+                except BadSampleError as error:
+                    errors.append(str(error))
+            if len(errors) == len(found[:8]):
+                raise InputError(f"no usable sample at the start of any shard looked at: {errors[0]}")
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.shards, drop_last=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        return self._loader(self.val_shards, drop_last=False) if self.val_shards else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        if not self.val_shards:
+            raise InputError("`test` needs data.val_shards")
+        return self._loader(self.val_shards, drop_last=False)
+
+    def predict_dataloader(self) -> DataLoader[Job]:
+        if not self.predict_subjects:
+            raise InputError("`predict` needs data.predict_subjects")
+        subjects = read_subjects(self.predict_subjects)
+        jobs = [Job(subject, index, self.seed) for subject in subjects for index in range(len(subject.prompts))]
+        return DataLoader(jobs, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def _loader(self, spec: str | list[str], *, drop_last: bool) -> ResumableLoader:
+        shards, left_out = find_shards(spec)
+        for line in left_out:
+            log.warning("shard left out: %s", line)
+        dataset = TripletDataset(
+            shards,
+            batch_size=self.batch_size,
+            resolution=self.resolution,
+            augmentation=self.augmentation,
+            seed=self.seed,
+            shuffle_block=self.shuffle_block,
+            max_bad_samples=self.max_bad_samples,
+            drop_last=drop_last,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        return ResumableLoader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,64 @@
+"""The contracts between the stages: triplet shards, batches, subjects and generated images.
+
+**Triplet shard** (a webdataset tar, `train-000000.tar`): `KEY.target.jpg` (or png, webp; RGB), `KEY.reference.png`
+(RGBA, the object cut out, straight alpha) and `KEY.json` (`caption`, `object`: the object phrase, `seed`, names of the
+models, scores). Beside it `train-000000_stats.json`, written last: without it the shard does not exist.
+
+**Generated images**: `SUBJECT/PROMPT_INDEX/SEED.png` and `manifest.jsonl`, a line per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+TARGETS = ("target.jpg", "target.png", "target.webp")
+REFERENCE = "reference.png"
+METADATA = "json"
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One training sample. `target`: RGB; `reference`: RGBA, the object cut out; `object`: its phrase."""
+
+    key: str
+    target: Image.Image
+    reference: Image.Image
+    caption: str
+    object: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass
+class Batch:
+    """What a training step gets.
+
+    target: (B, 3, H, W) in [-1, 1]. reference: (B, K, 3, H, W) in [-1, 1], the augmented object on white.
+    seeds: (B,) int64, every random draw made for a sample follows from its seed, so that neither the batch's
+    composition nor the number of processes changes what is learnt, and a resumed run draws what it would have drawn.
+    """
+
+    target: Tensor
+    reference: Tensor
+    captions: list[str]
+    objects: list[str]
+    seeds: Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A line of `manifest.jsonl`; `file` is relative to the manifest."""
+
+    subject: str
+    class_noun: str
+    prompt: str
+    prompt_index: int
+    seed: int
+    file: str
+    method: str
+    settings: Mapping[str, Any]

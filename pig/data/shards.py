@@ -1,0 +1,189 @@
+"""Write and read triplet shards (contract: `pig.data.schema`). Tar reading, URLs and braces are webdataset's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from PIL import Image, UnidentifiedImageError
+
+from pig.data.schema import METADATA, REFERENCE, TARGETS, Triplet
+from pig.errors import InputError
+
+Raw = Mapping[str, Any]  # a sample as bytes: extension -> content, and "__key__"
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; the message names it and why."""
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """`train-000000_stats.json`. count: samples in the tar; bytes, sha256: of the tar; rejected: reason -> count."""
+
+    count: int
+    bytes: int
+    sha256: str
+    rejected: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    url: str
+    stats: ShardStats
+
+
+def stats_path(tar: str) -> str:
+    return tar.removesuffix(".tar") + "_stats.json"
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+
+def triplet_members(triplet: Triplet, quality: int = 95) -> dict[str, Any]:
+    """A triplet as webdataset's TarWriter takes it."""
+    metadata = {**triplet.metadata, "caption": triplet.caption, "object": triplet.object}
+    return {
+        "__key__": triplet.key,
+        "target.jpg": _encoded(triplet.target.convert("RGB"), "JPEG", quality=quality, subsampling=0),
+        REFERENCE: _encoded(triplet.reference, "PNG"),
+        METADATA: json.dumps(metadata, sort_keys=True).encode(),
+    }
+
+
+def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] | None = None) -> ShardStats:
+    """Write a shard aside, move it into place, and write its stats last. The same triplets give the same bytes.
+
+    `rejected` is read after the last triplet was taken, so that a generator may count as it goes.
+    """
+    tar.parent.mkdir(parents=True, exist_ok=True)
+    Path(stats_path(str(tar))).unlink(missing_ok=True)
+    aside = tar.with_suffix(".tar.part")
+    count = 0
+    with wds.TarWriter(str(aside), mtime=0, user="pig", group="pig") as writer:
+        for triplet in triplets:
+            writer.write(triplet_members(triplet))
+            count += 1
+    with aside.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    stats = ShardStats(count, aside.stat().st_size, digest, dict(sorted((rejected or {}).items())))
+    aside.rename(tar)
+    part = Path(stats_path(str(tar)) + ".part")
+    part.write_text(json.dumps(asdict(stats), indent=1))
+    part.rename(stats_path(str(tar)))
+    return stats
+
+
+# -- finding ------------------------------------------------------------------------------------------------------------
+
+
+def find_shards(spec: str | Sequence[str]) -> tuple[list[Shard], list[str]]:
+    """The shards that a spec names, and for each that was left out a line saying why.
+
+    Args:
+        spec: a folder, glob, brace pattern (`train-{000000..000199}.tar`) or URL (whatever webdataset opens), or
+            several of them.
+
+    Raises:
+        InputError: nothing matches, or nothing of what matches is usable.
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    shards, left_out = [], []
+    for url in [url for one in specs for url in _expand(one)]:
+        try:
+            with wds.gopen(stats_path(url)) as stream:
+                stats = ShardStats(**json.loads(stream.read()))
+        except (OSError, ValueError, TypeError) as error:
+            left_out.append(f"{url}: no readable {Path(stats_path(url)).name} beside it, so it is unfinished ({error})")
+            continue
+        size = Path(url).stat().st_size if "://" not in url and Path(url).exists() else stats.bytes
+        if size != stats.bytes:
+            left_out.append(f"{url}: torn, it has {size} bytes where its stats say {stats.bytes}")
+        elif stats.count:
+            shards.append(Shard(url, stats))
+    if not shards:
+        reasons = "".join(f"\n  {line}" for line in left_out[:5])
+        raise InputError(f"no shard matches {specs}; make shards first, or correct data.shards{reasons}")
+    return shards, left_out
+
+
+def _expand(spec: str) -> list[str]:
+    urls = []
+    for url in wds.shardlists.expand_urls(spec):
+        if "://" in url or url.startswith("pipe:"):
+            urls.append(url)
+        elif Path(url).is_dir():
+            urls += sorted(str(path) for path in Path(url).glob("*.tar"))
+        else:
+            urls += sorted(glob(url))
+    return urls
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
+    """Exactly `shard.stats.count` samples in their order; what a torn tar lacks comes as BadSampleError."""
+    seen = 0
+    try:
+        stream = wds.tariterators.tar_file_expander([{"url": shard.url, "stream": wds.gopen(shard.url)}])
+        for sample in wds.tariterators.group_by_keys(stream):
+            if seen == shard.stats.count:
+                break
+            yield sample
+            seen += 1
+        cause = "it ends too early"
+    except (OSError, EOFError, ValueError) as error:
+        cause = str(error)
+    except Exception as error:  # tarfile and webdataset raise bare errors for torn archives
+        cause = f"{type(error).__name__}: {error}"
+    for index in range(seen, shard.stats.count):
+        yield BadSampleError(f"{shard.url}, sample {index}: the tar is torn ({cause})")
+
+
+def decode_triplet(raw: Raw, origin: str = "") -> Triplet:
+    """Decode a sample; raises BadSampleError that names the sample and what is wrong with it."""
+    key = str(raw.get("__key__", "?"))
+    name = f"{raw.get('__url__', origin)}, sample {key}"
+    target = next((extension for extension in TARGETS if extension in raw), None)
+    if target is None:
+        raise BadSampleError(f"{name}: lacks member {TARGETS[0]} (or png, webp)")
+    for extension in (REFERENCE, METADATA):
+        if extension not in raw:
+            raise BadSampleError(f"{name}: lacks member {extension}")
+    try:
+        metadata = json.loads(raw[METADATA])
+    except ValueError as error:
+        raise BadSampleError(f"{name}: {METADATA} is not JSON ({error})") from error
+    for entry in ("caption", "object"):
+        if not (isinstance(metadata.get(entry), str) and metadata[entry].strip()):
+            raise BadSampleError(f"{name}: {METADATA} has no {entry}")
+    return Triplet(
+        key=key,
+        target=_decoded(raw[target], "RGB", f"{name}: {target}"),
+        reference=_decoded(raw[REFERENCE], "RGBA", f"{name}: {REFERENCE}"),
+        caption=metadata.pop("caption"),
+        object=metadata.pop("object"),
+        metadata=metadata,
+    )
+
+
+def _decoded(content: bytes, mode: str, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content)).convert(mode)
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"{name} does not decode ({error})") from error

@@ -1,0 +1,100 @@
+"""A folder of subjects with prompts, in the layout of the DreamBooth dataset (github.com/google/dreambooth).
+
+`SUBJECT/*.jpg` (or png, webp; `NAME.mask.png` beside a picture is its mask) and `prompts_and_classes.txt`: lines
+`subject,class`, then the prompt templates for objects and for live subjects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pig.data.transforms import cut_out, load_image
+from pig.errors import InputError
+
+PROMPTS_FILE = "prompts_and_classes.txt"
+LIVE_CLASSES = frozenset({"cat", "dog", "fish"})
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class SubjectFolder:
+    """One subject. `prompts`: for its class, without the identifier ("a backpack in the jungle")."""
+
+    name: str
+    class_noun: str
+    images: tuple[Path, ...]
+    prompts: tuple[str, ...]
+
+    @property
+    def live(self) -> bool:
+        return self.class_noun in LIVE_CLASSES
+
+    def references(self, count: int | None = None) -> list[Image.Image]:
+        """The first `count` pictures as RGBA cut-outs, with their masks where there are any."""
+        return [load_cutout(path) for path in self.images[:count]]
+
+
+def mask_path(image: Path) -> Path:
+    return image.with_suffix(".mask.png")
+
+
+def load_cutout(path: Path) -> Image.Image:
+    mask = mask_path(path)
+    return cut_out(load_image(path), load_image(mask).convert("L") if mask.exists() else None)
+
+
+def read_subjects(folder: str | Path) -> list[SubjectFolder]:
+    """All subjects, in the order of the prompts file.
+
+    Raises:
+        InputError: no such folder or prompts file, or a subject without pictures.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / PROMPTS_FILE).read_text()
+    except OSError as error:
+        raise InputError(f"{folder} is no subjects folder: cannot read {PROMPTS_FILE} ({error})") from error
+    classes = re.findall(r"^([\w-]+),([\w -]+)$", text, re.MULTILINE)
+    templates = {
+        kind: re.findall(r"""^['"](.+?)['"]\.format""", section, re.MULTILINE)
+        for kind, section in re.findall(r"^(Object|Live Subject) Prompts$(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    }
+    subjects = []
+    for name, noun in classes:
+        if (name, noun) == ("subject_name", "class"):
+            continue
+        images = tuple(
+            path
+            for path in sorted((folder / name).glob("*"))
+            if path.suffix.lower() in _PICTURES and not path.name.endswith(".mask.png")
+        )
+        if not images:
+            raise InputError(f"subject {name!r} of {folder} has no pictures in {folder / name}")
+        kind = "Live Subject" if noun in LIVE_CLASSES else "Object"
+        prompts = tuple(fill_prompt(template, noun) for template in templates.get(kind, []))
+        subjects.append(SubjectFolder(name, noun, images, prompts))
+    if not subjects:
+        raise InputError(f"{folder / PROMPTS_FILE} names no subject (lines `subject,class`)")
+    return subjects
+
+
+def fill_prompt(template: str, class_noun: str) -> str:
+    """The prompt with the class noun and without the identifier, blanks collapsed."""
+    return " ".join(template.format("", class_noun).split())
+
+
+def write_prompts(folder: Path, classes: Sequence[tuple[str, str]], templates: Sequence[str]) -> None:
+    """Write `prompts_and_classes.txt`; templates hold `{0}` (identifier) and `{1}` (class noun)."""
+    prompts = (
+        "prompt_list = [\n" + ",\n".join(f"'{one}'.format(unique_token, class_token)" for one in templates) + "\n]"
+    )
+    lines = [f"{name},{noun}" for name, noun in classes]
+    (folder / PROMPTS_FILE).write_text(
+        "\n".join(["Classes", "", "subject_name,class", *lines, "", "Prompts", ""])
+        + f"\nObject Prompts\n\n{prompts}\n\nLive Subject Prompts\n\n{prompts}\n"
+    )

@@ -1,0 +1,151 @@
+"""Pictures in and out: loading what users have, cutting out, the paper's augmentation of the reference, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from pig.errors import InputError
+
+WHITE = (255, 255, 255)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An upright RGB picture, or RGBA where the file has transparency; grey, CMYK, palette and 16-bit are converted.
+
+    Raises:
+        InputError: the file is missing or does not decode.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return normalise(image)
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image {path}: {error}") from error
+
+
+def normalise(image: Image.Image) -> Image.Image:
+    """Apply the EXIF rotation and bring any PIL mode to RGB, or to RGBA where there is transparency."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's convert would clip instead of scale
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def cut_out(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
+    """RGBA, the object's coverage in the alpha channel: from a mask, else the picture's own alpha, else all of it.
+
+    Raises:
+        InputError: the mask has another size, or nothing is left.
+    """
+    image = normalise(image)
+    if mask is not None:
+        if mask.size != image.size:
+            raise InputError(f"the mask is {mask.size}, its image {image.size}; they must be of one size")
+        image = image.convert("RGB")
+        image.putalpha(mask.convert("L"))
+    image = image.convert("RGBA")
+    if image.getchannel("A").getbbox() is None:
+        raise InputError("the mask (or alpha channel) is empty: no object is left to refer to")
+    return image
+
+
+def crop_to_object(reference: Image.Image) -> Image.Image:
+    """Crop an RGBA cut-out to its object (alpha above one half where there is such, else above 0)."""
+    alpha = reference.getchannel("A")
+    box = alpha.point(lambda value: 255 * (value > 127)).getbbox() or alpha.getbbox()
+    return reference.crop(box) if box else reference
+
+
+def place_on_white(cropped: Image.Image, size: int, scale: float, x: float = 0.5, y: float = 0.5) -> Image.Image:
+    """An RGBA object on a white square of `size` pixels, its longer side `scale` of it; (x, y) in [0, 1]: where."""
+    ratio = scale * size / max(cropped.size)
+    width, height = (max(1, round(side * ratio)) for side in cropped.size)
+    # Premultiplied, so that colours under alpha = 0 do not bleed into the edges.
+    resized = cropped.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
+    canvas = Image.new("RGB", (size, size), WHITE)
+    canvas.paste(resized, (round(x * (size - width)), round(y * (size - height))), resized)
+    return canvas
+
+
+def reference_picture(cutout: Image.Image, size: int) -> Image.Image:
+    """A reference for generation: box crop, square pad, on white, filling the frame."""
+    return place_on_white(crop_to_object(cutout), size, scale=1.0)
+
+
+@dataclass
+class ReferenceAugmentation:
+    """What happens to a reference in training (section 4.1): resized, flipped, moved on white.
+
+    Attributes:
+        scale: range of the object's longer side, as a share of the frame; (1, 1) keeps it filling the frame.
+        flip: probability of a horizontal flip.
+        jitter: probability of a colour jitter of (.2, .2, .2, .05) (authors' release: 0.1).
+        erasing: probability that a white box of 2 to 25 % of the area covers a part (authors' release: 0.4).
+    """
+
+    scale: tuple[float, float] = (0.4, 1.0)
+    flip: float = 0.5
+    jitter: float = 0.0
+    erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"augmentation.scale must satisfy 0 < low <= high <= 1, got {self.scale}")
+        for name in ("flip", "jitter", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"augmentation.{name} is a probability, got {getattr(self, name)}")
+
+    def __call__(self, reference: Image.Image, size: int, rng: Generator) -> Image.Image:
+        """RGBA cut-out -> RGB square of `size` pixels."""
+        scale, x, y = rng.uniform(*self.scale), rng.random(), rng.random()
+        flip, jitter, erasing = rng.random(3) < (self.flip, self.jitter, self.erasing)
+        picture = place_on_white(crop_to_object(reference), size, scale, x, y)
+        if flip:
+            picture = ImageOps.mirror(picture)
+        if jitter:
+            brightness, contrast, saturation = rng.uniform(0.8, 1.2, 3)
+            picture = tv.adjust_brightness(picture, brightness)
+            picture = tv.adjust_saturation(tv.adjust_contrast(picture, contrast), saturation)
+            picture = tv.adjust_hue(picture, rng.uniform(-0.05, 0.05))
+        if erasing:
+            area, aspect = rng.uniform(0.02, 0.25) * size**2, np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
+            width, height = (min(size, round(side)) for side in ((area * aspect) ** 0.5, (area / aspect) ** 0.5))
+            at = (int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1)))
+            picture.paste(WHITE, (*at, at[0] + width, at[1] + height))
+        return picture
+
+
+def target_picture(image: Image.Image, size: int) -> Image.Image:
+    """A training target: RGB, shorter side to `size`, centre crop."""
+    return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_images(tensor: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> B RGB pictures."""
+    array = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], size: int, gap: int = 4) -> Image.Image:
+    """Pictures in rows and columns, each scaled to `size` pixels, on white."""
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, len(rows) * (size + gap) + gap), WHITE)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            place = (gap + x * (size + gap), gap + y * (size + gap))
+            sheet.paste(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), place)
+    return sheet
