@@ -1,4 +1,4 @@
-"""The folder of generated images: `SUBJECT/PROMPT_INDEX/SEED.png` and `manifest.jsonl` (contract: `pig.data.schema`)."""
+"""The folder of generated images: `SUBJECT/PROMPT_INDEX/SEED.png` and `manifest.jsonl` (see `pig.data.schema`)."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def stats_path(tar: str) -> str:
     return tar.removesuffix(".tar") + "_stats.json"
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def triplet_members(triplet: Triplet, quality: int = 95) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] |
     return stats
 
 
-# -- finding ------------------------------------------------------------------------------------------------------------
+# -- finding ----------------------------------------------------------------------------------------------------------
 
 
 def find_shards(spec: str | Sequence[str]) -> tuple[list[Shard], list[str]]:
@@ -133,7 +133,7 @@ def _expand(spec: str) -> list[str]:
     return urls
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
