@@ -40,7 +40,7 @@ def test_imports_run_one_way() -> None:
             assert not name.startswith("data_gen"), f"{path} imports {name}"
             target = name.split(".")[1]
             free = {room, "errors", "diffusion", "data"} if room not in ("errors", "data") else {room, "errors"}
-            if name.startswith("pig.toyworld.scene") or name == "pig.toyworld.scene":
+            if name.startswith("pig.toyworld.scene"):
                 continue
             if room != "__init__":
                 assert target in ALLOWED[room] | free or name.startswith("pig.data.schema"), f"{path} imports {name}"
@@ -48,11 +48,11 @@ def test_imports_run_one_way() -> None:
 
 def test_only_attention_touches_attention_processors() -> None:
     for path in (ROOT / "pig").rglob("*.py"):
-        if path.name not in ("attention.py", "pretrain.py"):
+        if path.name not in ("attention.py", "stages.py"):
             assert "attention_processor" not in path.read_text(), path
 
 
 def test_files_stay_readable() -> None:
     for folder in ("pig", "data_gen", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 600, path
+            assert len(path.read_text().splitlines()) <= 420, path

@@ -9,7 +9,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from pig.models.backbone import WEIGHTS, decode_latents, encode_images, load_backbone
 from pig.toyworld import scene
-from pig.toyworld.pretrain import classify, facts_of, make_tokenizer, random_scenes, tokens
+from pig.toyworld.captions import classify, facts_of, make_tokenizer, random_scenes, tokens
 
 
 def test_size_of_the_world() -> None:
