@@ -384,6 +384,7 @@ class UNetStage(Stage):
         return loss
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # other shapes than in training: compiling again would not pay
     def save(self, out: Path) -> None:
         self.unet.set_default_attn_processor()
         base = StableDiffusionPipeline(
