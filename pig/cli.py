@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import docstring_parser
 import jsonargparse
 import torch
+import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pig.data.images import Job, save_generated
@@ -174,6 +176,14 @@ def run(args: list[str]) -> Any:
 def main() -> None:
     """Exit code 2 for bad input, with its message."""
     logging.basicConfig(format="%(levelname)s %(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    for noise in (
+        "Your `IterableDataset` has `__len__` defined",  # and gives each worker its own share
+        r"Found \d+ module\(s\) in eval mode",  # the frozen VAE and text encoder
+        "Precision bf16-mixed is not supported by the model summary",
+        r".*LeafSpec",  # Lightning with a newer torch
+    ):
+        warnings.filterwarnings("ignore", noise)
     try:
         run(sys.argv[1:])
     except Exception as error:

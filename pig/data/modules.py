@@ -277,6 +277,10 @@ class TripletDataModule(LightningDataModule):
         jobs = [Job(subject, index, self.seed) for subject in subjects for index in range(len(subject.prompts))]
         return DataLoader(jobs, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Only a Batch holds tensors; the jobs of `predict` stay as they are."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Batch) else batch
+
     def _loader(self, spec: str | list[str], *, drop_last: bool) -> ResumableLoader:
         shards, left_out = find_shards(spec)
         for line in left_out:

@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from pig.data.schema import Batch
 from pig.errors import InputError
 
 Schedule = Literal["constant", "cosine"]
@@ -78,10 +77,6 @@ class PersonalisationModule(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Only a Batch holds tensors; the jobs of `predict` stay as they are."""
-        return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Batch) else batch
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kept = self.trainable()
