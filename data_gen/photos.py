@@ -33,15 +33,17 @@ def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shar
     total = 0
     for number, start in enumerate(range(0, len(paths), per_shard)):
         rejected: Counter[str] = Counter()
-        triplets = _triplets(paths[start : start + per_shard], photos, object_, size, rejected)
+        triplets = _triplets(start, paths[start : start + per_shard], photos, object_, size, rejected)
         total += write_shard(out / f"train-{number:06d}.tar", triplets, rejected).count
     if not total:
         raise InputError(f"none of {len(paths)} photographs in {photos} could be used; the reasons stand above")
     print(f"{total} of {len(paths)} photographs -> {out}")
 
 
-def _triplets(paths: list[Path], root: Path, object_: str, size: int, rejected: Counter[str]) -> Iterator[Triplet]:
-    for path in tqdm(paths, desc="photographs"):
+def _triplets(
+    first: int, paths: list[Path], root: Path, object_: str, size: int, rejected: Counter[str]
+) -> Iterator[Triplet]:
+    for number, path in enumerate(tqdm(paths, desc="photographs"), start=first):
         try:
             cutout = load_cutout(path)
         except InputError as error:
@@ -60,10 +62,10 @@ def _triplets(paths: list[Path], root: Path, object_: str, size: int, rejected: 
         reference.putalpha(alpha)
         text = path.with_suffix(".txt")
         yield Triplet(
-            key=str(path.relative_to(root).with_suffix("")).replace("/", "_").replace(".", "_"),
+            key=f"{number:07d}",
             target=rgb,
             reference=reference,
-            caption=text.read_text().strip() if text.exists() else f"a photo of a {object_}",
+            caption=(text.read_text().strip() if text.exists() else "") or f"a photo of a {object_}",
             object=object_,
             metadata={"source": str(path.relative_to(root)), "models": {"image": "photograph", "mask": "given"}},
         )

@@ -133,8 +133,9 @@ class SubjectSamples(Callback):
             pl_module.log(f"val/{name}", metric.to(pl_module.device).compute(), rank_zero_only=trainer.world_size == 1)
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        sheet = grid(rows, size=128)
-        sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")
+        if rows:  # a rank may have no subject to draw
+            sheet = grid(rows, size=128)
+            sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")
 
 
 class SaveImages(Callback):

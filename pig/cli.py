@@ -57,6 +57,11 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
 
+    def before_instantiate_classes(self) -> None:
+        path = (self.config.get(self.subcommand) or {}).get("ckpt_path") if self.subcommand else None
+        if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).is_file():
+            raise InputError(f"--ckpt_path: no checkpoint file {path}")
+
 
 def export(checkpoint: Path, out: Path) -> None:
     """Write a checkpoint of `fit` as a pipeline folder (safetensors only); its EMA weights, if it has any.

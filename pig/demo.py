@@ -37,9 +37,10 @@ from pig.pipelines import BootPIGPipeline
 from pig.toyworld import scene
 
 CONFIG = Path("configs/bootpig/toyworld.yaml")
-TRAINING_STEPS, BATCH_SIZE = 400, 32  # as in CONFIG; a test compares them
+TRAINING_STEPS, BATCH_SIZE = 600, 32  # as in CONFIG; a test compares them
 TRIPLETS, SUBJECTS, SEEDS = 8000, 24, (0, 1)
-SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 3.0, "num_inference_steps": 20}
+SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
+BASE_GUIDANCE = 3.0  # of the base model: its usual classifier-free guidance
 SAMPLING_BATCH = 8
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
 COLUMNS = (
@@ -176,12 +177,14 @@ def generators(jobs: Sequence[Job]) -> list[torch.Generator]:
 def draw_with_base(jobs: Sequence[Job], folder: Path) -> None:
     base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "base", torch_dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
-    steps, guidance = int(SAMPLING["num_inference_steps"]), SAMPLING["text_guidance"]
+    steps = SAMPLING["num_inference_steps"]
     for batch in fresh(folder, jobs):
         prompts = [job.prompt for job in batch]
-        images = base(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators(batch)).images
+        images = base(
+            prompts, num_inference_steps=steps, guidance_scale=BASE_GUIDANCE, generator=generators(batch)
+        ).images
         for job, image in zip(batch, images, strict=True):
-            save_generated(folder, job, image, method="base model", settings=SAMPLING)
+            save_generated(folder, job, image, method="base model", settings={"guidance_scale": BASE_GUIDANCE})
 
 
 def draw_with_bootpig(

@@ -92,6 +92,12 @@ def test_mistyped_key(tmp_path) -> None:
     assert "reference_dropuot" in refused("fit", "--config", TOY, "--model.reference_dropuot", "0.2")
 
 
+def test_missing_checkpoint(monkeypatch, capsys, tmp_path) -> None:
+    code, error = run_inline(monkeypatch, capsys, "fit", "--config", TOY, "--ckpt_path", str(tmp_path / "none.ckpt"))
+    assert code == 2
+    assert "--ckpt_path: no checkpoint file" in error
+
+
 def test_missing_base_model_offline(tmp_path) -> None:
     message = refused("fit", "--config", TOY, "--model.base", "nobody/nothing", HF_HUB_OFFLINE="1")
     assert (

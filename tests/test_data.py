@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import itertools
 import json
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,29 @@ def test_left_over_samples_are_less_than_a_global_batch_and_validation_keeps_all
     assert len(set(flat([flat(one) for one in whole]))) == 96
 
 
+def test_what_an_epoch_leaves_out_changes_with_the_epoch(toy_data) -> None:
+    data = dataset(toy_data / "triplets", batch_size=40)
+    everything = {f"{number:09d}" for number in range(96)}
+    left_out = [everything - set(flat(keys(data, epoch=epoch))) for epoch in range(4)]
+    assert all(len(one) == 16 for one in left_out)
+    assert len(set(map(frozenset, left_out))) == 4
+
+
+def test_all_ranks_accept_the_state_that_rank_0_saved(toy_data) -> None:
+    loaders = [
+        ResumableLoader(dataset(toy_data / "triplets", rank=rank, world_size=2), num_workers=0, pin_memory=False)
+        for rank in (0, 1)
+    ]
+    rest = [[batch.keys for batch in loader][5:] for loader in loaders]
+    state = {**loaders[0].state_dict(), "epoch": 0, "batch": 5}
+    for rank, expected in enumerate(rest):
+        loader = ResumableLoader(
+            dataset(toy_data / "triplets", rank=rank, world_size=2), num_workers=0, pin_memory=False
+        )
+        loader.load_state_dict(state)
+        assert [batch.keys for batch in loader] == expected
+
+
 def test_order_follows_seed_and_epoch(toy_data) -> None:
     shards = toy_data / "triplets"
     first = keys(dataset(shards))
@@ -119,11 +145,22 @@ def test_specs(toy_data, tmp_path) -> None:
         shards, left_out = find_shards(spec)
         assert sum(s.stats.count for s in shards) == (24 if spec.startswith("file") else 96)
         assert not left_out
-    pipe = f"pipe:cat {folder}/train-000001.tar"
+    (piped,), _ = find_shards(f"pipe:cat {folder}/train-000001.tar")
+    assert len(list(read_shard(piped))) == 24
     with pytest.raises(InputError, match="no shard matches"):
         find_shards(str(tmp_path / "*.tar"))
     assert len(list(read_shard(find_shards(f"file://{folder}/train-000000.tar")[0][0]))) == 24
-    assert pipe.startswith("pipe:")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http by curl")
+def test_shards_over_http(toy_data) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(toy_data / "triplets"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        shards, left_out = find_shards(f"http://127.0.0.1:{server.server_port}/train-{{000000..000001}}.tar")
+        assert not left_out
+        assert [decode_triplet(raw).key for raw in read_shard(shards[1])][0] == "000000024"  # type: ignore[arg-type]
+        server.shutdown()
 
 
 # -- bad shards -------------------------------------------------------------------------------------------------------
@@ -150,6 +187,18 @@ def rewrite(tar: Path, change: dict[str, bytes | None]) -> None:
     stats.write_text(json.dumps({**json.loads(stats.read_text()), "bytes": tar.stat().st_size}))
 
 
+def broken_png() -> bytes:
+    """A second chunk of picture data with a damaged header, which PIL calls a SyntaxError."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 4), dtype=np.uint8)).save(buffer, "PNG")
+    content = buffer.getvalue()
+    at = content.rindex(b"IDAT")
+    return content[:at] + b"\x00\x01\x02\x03" + content[at + 4 :]
+
+
+BROKEN_PNG = broken_png()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,7 +207,9 @@ def rewrite(tar: Path, change: dict[str, bytes | None]) -> None:
         ({"000000005.json": None}, "000000005: lacks member json"),
         ({"000000005.json": b'{"object": "mug"}'}, "000000005: json has no caption"),
         ({"000000005.json": b"{"}, "000000005: json is not JSON"),
+        ({"000000005.json": b"[1]"}, "000000005: json has no caption"),
         ({"000000005.target.jpg": b"no picture"}, "000000005: target.jpg does not decode"),
+        ({"000000005.reference.png": BROKEN_PNG}, "000000005: reference.png does not decode"),
     ],
 )
 def test_a_bad_sample_is_named_and_replaced(toy_data, tmp_path, caplog, change, message) -> None:
@@ -329,10 +380,11 @@ def test_photographs_of_any_kind_become_shards(tmp_path) -> None:
     (shard,), _ = find_shards(str(tmp_path / "shards"))
     assert shard.stats.count == 5
     assert shard.stats.rejected == {"no mask": 1, "unreadable": 1}
-    triplets = {t.key: t for t in (decode_triplet(raw) for raw in read_shard(shard))}  # type: ignore[arg-type]
-    assert triplets["dog_rgb"].caption == "a photo of a dog, in noise"
-    assert triplets["dog_cmyk"].caption == "a photo of a dog"
-    assert triplets["dog_turned"].target.size == (64, 85)
+    found = [decode_triplet(raw) for raw in read_shard(shard)]  # type: ignore[arg-type]
+    triplets = {triplet.metadata["source"]: triplet for triplet in found}
+    assert triplets["dog/rgb.jpg"].caption == "a photo of a dog, in noise"
+    assert triplets["dog/cmyk.jpg"].caption == "a photo of a dog"
+    assert triplets["dog/turned.jpg"].target.size == (64, 85)
     for triplet in triplets.values():
         assert triplet.reference.size == triplet.target.size
         assert 0.15 < np.asarray(triplet.reference)[..., 3].mean() / 255 < 0.4
@@ -369,6 +421,9 @@ def test_generated_images_come_back(toy_data, tmp_path) -> None:
     assert [job for job, _ in read_generated(tmp_path, subjects)] == jobs
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert lines[0]["file"] == "boat_000/2/7.png"
+    save_generated(tmp_path, jobs[0], Image.new("RGB", (8, 8)), method="again", settings={})
+    files = [json.loads(line)["file"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert len(files) == len(set(files)) == 3
     assert lines[2]["prompt"] == "a photo of a cat, on a beach"
     with pytest.raises(InputError, match="no generated images"):
         read_generated(tmp_path / "none", subjects)

@@ -129,6 +129,9 @@ def test_mistakes_are_named(pipe, cutouts, monkeypatch) -> None:
         pipe(PROMPTS, [cutouts[:1], cutouts[:2]])
     with pytest.raises(InputError, match="2 prompts but reference lists for 3"):
         pipe(PROMPTS, [cutouts[:1]] * 3)
+    for none in ({"num_images_per_prompt": 0}, {"num_inference_steps": 0}):
+        with pytest.raises(InputError, match="at least one"):
+            pipe(PROMPTS, cutouts[:1], **none)
     with pytest.raises(InputError, match="guidance must be at least 0"):
         pipe(PROMPTS[0], cutouts[:1], image_guidance=-1)
     with pytest.raises(InputError, match=r"1000000 references .* need about .* GiB, .* are free"):

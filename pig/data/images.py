@@ -45,6 +45,9 @@ def save_generated(
         method=method,
         settings=settings,
     )
+    if (folder / file).exists() and (folder / MANIFEST).exists():  # drawn again: its old line no longer holds
+        kept = [old for old in (folder / MANIFEST).read_text().splitlines() if json.loads(old)["file"] != str(file)]
+        (folder / MANIFEST).write_text("".join(old + "\n" for old in kept))
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     image.save(folder / file)
     with (folder / MANIFEST).open("a") as manifest:

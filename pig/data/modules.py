@@ -58,7 +58,8 @@ class TripletDataset(IterableDataset[Batch]):
         self.augmentation, self.seed, self.shuffle_block = augmentation, seed, shuffle_block
         self.max_bad_samples, self.bad = max_bad_samples, set[str]()
         self.epoch, self.first_batch = 0, 0
-        total = sum(shard.stats.count for shard in shards)
+        self.layout = (world_size, drop_last)
+        self.total = total = sum(shard.stats.count for shard in shards)
         if drop_last:
             per_rank = total // (batch_size * world_size) * batch_size
             self.span = (rank * per_rank, (rank + 1) * per_rank)
@@ -78,13 +79,13 @@ class TripletDataset(IterableDataset[Batch]):
         self.epoch, self.first_batch = epoch, first_batch
 
     def fingerprint(self) -> str:
-        """Changes with whatever changes the order of samples."""
+        """Changes with whatever changes the order of samples; the same on all ranks."""
         plan = [
             [shard.stats.sha256 for shard in self.shards],
             self.batch_size,
             self.seed,
             self.shuffle_block,
-            self.span,
+            self.layout,
         ]
         return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
 
@@ -104,12 +105,15 @@ class TripletDataset(IterableDataset[Batch]):
 
     def _samples(self, anchor: int, begin: int, end: int) -> Iterator[tuple[Triplet, int]]:
         """(triplet, seed) for the positions from `begin` to `end`, in blocks counted from `anchor`."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.shards))
+        # Where the epoch begins: what `drop_last` leaves out at its end is another part in each epoch.
+        offset = int(rng.integers(self.total))
         for block in range(anchor, end, self.shuffle_block):
             stop = min(block + self.shuffle_block, end)
             if stop <= begin:
                 continue
-            raw = list(self._read([self.shards[i] for i in order], block, stop))
+            raw = list(self._read([self.shards[i] for i in order], (block + offset) % self.total, stop - block))
             shuffled = np.random.default_rng([self.seed, self.epoch, block]).permutation(len(raw))
             for position in range(max(block, begin), stop):
                 triplet = self._first_good(raw, np.roll(shuffled, block - position))
@@ -117,12 +121,18 @@ class TripletDataset(IterableDataset[Batch]):
                 yield triplet, int(seed >> 1)
 
     @staticmethod
-    def _read(shards: list[Shard], begin: int, end: int) -> Iterator[Raw | BadSampleError]:
+    def _read(shards: list[Shard], begin: int, count: int) -> Iterator[Raw | BadSampleError]:
+        """`count` samples from position `begin` on, going on at the first shard behind the last."""
         starts = list(itertools.accumulate((shard.stats.count for shard in shards), initial=0))
-        for i in range(bisect.bisect_right(starts, begin) - 1, len(shards)):
-            if starts[i] >= end:
-                break
-            yield from itertools.islice(read_shard(shards[i]), max(0, begin - starts[i]), end - starts[i])
+        first = bisect.bisect_right(starts, begin) - 1
+        skip = begin - starts[first]
+        for shard in itertools.islice(itertools.cycle(shards), first, None):
+            stop = min(shard.stats.count, skip + count)
+            yield from itertools.islice(read_shard(shard), skip, stop)
+            count -= stop - skip
+            skip = 0
+            if not count:
+                return
 
     def _first_good(self, raw: list[Raw | BadSampleError], order: np.ndarray) -> Triplet:
         """The first of the samples that is usable: a bad one is named, counted and replaced by its neighbour."""
@@ -214,7 +224,7 @@ class TripletDataModule(LightningDataModule):
         num_workers: loader processes; 0 reads in the training process.
         seed: of order, augmentation, noise and dropout.
         shuffle_block: samples that are read and permuted at a time, in each worker.
-        max_bad_samples: unusable samples after which a worker stops the training.
+        max_bad_samples: how many unusable samples one worker may replace in an epoch; one more stops the training.
     """
 
     def __init__(

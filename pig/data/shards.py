@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import webdataset as wds
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pig.data.schema import METADATA, REFERENCE, TARGETS, Triplet
+from pig.data.transforms import UNDECODABLE
 from pig.errors import InputError
 
 Raw = Mapping[str, Any]  # a sample as bytes: extension -> content, and "__key__"
@@ -170,7 +171,7 @@ def decode_triplet(raw: Raw, origin: str = "") -> Triplet:
     except ValueError as error:
         raise BadSampleError(f"{name}: {METADATA} is not JSON ({error})") from error
     for entry in ("caption", "object"):
-        if not (isinstance(metadata.get(entry), str) and metadata[entry].strip()):
+        if not isinstance(metadata, dict) or not (isinstance(metadata.get(entry), str) and metadata[entry].strip()):
             raise BadSampleError(f"{name}: {METADATA} has no {entry}")
     return Triplet(
         key=key,
@@ -185,5 +186,5 @@ def decode_triplet(raw: Raw, origin: str = "") -> Triplet:
 def _decoded(content: bytes, mode: str, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content)).convert(mode)
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise BadSampleError(f"{name} does not decode ({error})") from error

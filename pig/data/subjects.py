@@ -77,6 +77,8 @@ def read_subjects(folder: str | Path) -> list[SubjectFolder]:
             raise InputError(f"subject {name!r} of {folder} has no pictures in {folder / name}")
         kind = "Live Subject" if noun in LIVE_CLASSES else "Object"
         prompts = tuple(fill_prompt(template, noun) for template in templates.get(kind, []))
+        if not prompts:
+            raise InputError(f"{folder / PROMPTS_FILE} has no prompts under `{kind} Prompts`")
         subjects.append(SubjectFolder(name, noun, images, prompts))
     if not subjects:
         raise InputError(f"{folder / PROMPTS_FILE} names no subject (lines `subject,class`)")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -66,7 +67,7 @@ class DinoEncoder:
 def _load(kind: Any, folder: str | Path, **options: object) -> Any:
     try:
         return kind.from_pretrained(folder, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load a {kind.__name__} from {str(folder)!r}: {str(error).splitlines()[0]}") from error
 
 

@@ -111,14 +111,14 @@ class PersonalisationModule(LightningModule):
         self.log(f"{prefix}/loss", loss.mean(), prog_bar=True, batch_size=size, sync_dist=prefix != "train")
         for quarter in range(4):
             inside = (t // 250 == quarter).float()
-            if inside.any() and prefix == "train":
+            if prefix == "train":  # NaN where the batch has no such timestep
                 self.log(f"{prefix}/loss_t{250 * quarter:03d}", (loss * inside).sum() / inside.sum(), batch_size=size)
 
     def on_train_start(self) -> None:
         self._samples, self._since = 0, time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.trainer.global_step % self.trainer.log_every_n_steps:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return
         parameters = self.trainable()
         for group, names in self.groups.items():

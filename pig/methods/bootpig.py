@@ -98,9 +98,10 @@ class BootPIG(PersonalisationModule):
 
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
-        z_0, z_ref_0 = encode_images(self.vae, batch.target), self._encode_references(batch.reference)
+        z_0 = encode_images(self.vae, batch.target).float()
+        z_ref_0 = self._encode_references(batch.reference).float()
         noise, noise_ref, u = diffusion.draw(batch.seeds, z_0.shape, z_ref_0.shape)
-        noise, noise_ref, u = noise.to(z_0), noise_ref.to(z_0), u.to(self.device)
+        noise, noise_ref, u = (drawn.to(self.device) for drawn in (noise, noise_ref, u))
         alphas_cumprod = self.backbone.scheduler.alphas_cumprod
         t = (u[:, 0] * len(alphas_cumprod)).long()
         reference_dropped, caption_dropped = u[:, 1] < reference_dropout, u[:, 2] < caption_dropout
@@ -111,12 +112,13 @@ class BootPIG(PersonalisationModule):
         alpha_ref, sigma_ref = (s.unsqueeze(1) for s in diffusion.alpha_sigma(alphas_cumprod, t_ref))
         z_ref_t = diffusion.add_noise(z_ref_0, noise_ref, alpha_ref, sigma_ref)
 
+        dtype = self.net.base_unet.dtype
         text = encode_text(self.backbone, batch.captions)
         told = [reference_prompt(caption, self.reference_caption) for caption in batch.captions]
-        references = self.net.encode_reference(z_ref_t, t_ref, encode_text(self.backbone, told))
+        references = self.net.encode_reference(z_ref_t.to(dtype), t_ref, encode_text(self.backbone, told))
         # After U_phi has run: only the Base UNet's caption is emptied.
         text = torch.where(caption_dropped.view(-1, 1, 1), encode_text(self.backbone, [""]), text)
-        predicted = self.net(z_t, t, text, references, dropped=reference_dropped)
+        predicted = self.net(z_t.to(dtype), t, text, references, dropped=reference_dropped)
 
         target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)
         return diffusion.loss_per_sample(predicted, target), t
@@ -134,13 +136,12 @@ class BootPIG(PersonalisationModule):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise InputError(f"{checkpoint} is no checkpoint, or a torn one: {str(error).splitlines()[0]}") from error
-        if state.get("pig_method") != cls.__name__:
-            raise InputError(
-                f"{checkpoint} is no checkpoint of {cls.__name__}: its pig_method is {state.get('pig_method')}"
-            )
+        method = state.get("pig_method") if isinstance(state, dict) else None
+        if method != cls.__name__:
+            raise InputError(f"{checkpoint} is no checkpoint of {cls.__name__}: its method is {method}")
         # Names with an underscore are LightningCLI's own.
         module = cls(**{key: value for key, value in state["hyper_parameters"].items() if not key.startswith("_")})
-        averages = [saved["average"] for saved in state["callbacks"].values() if "average" in saved]
+        averages = [saved["average"] for saved in state.get("callbacks", {}).values() if "average" in saved]
         module.load_state_dict(averages[0] if averages else state["state_dict"])
         return module
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UniPCMultistepScheduler
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -53,7 +54,7 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
             unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype),
             scheduler=UniPCMultistepScheduler.from_pretrained(source, subfolder="scheduler"),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "folder" if Path(source).exists() else "hub id (there is no such folder)"
         mode = "offline (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "online"
         raise InputError(

@@ -116,19 +116,23 @@ class BootPIGPipeline(DiffusionPipeline):
         native = self.base_unet.config.sample_size * vae_scale(self.vae)
         height, width = height or native, width or native
         check_size(self.vae, width, height)
+        if num_images_per_prompt < 1 or num_inference_steps < 1 or not prompts:
+            raise InputError("give at least one prompt, one image per prompt and one step")
         if min(image_guidance, text_guidance) < 0:
             raise InputError(f"guidance must be at least 0, got image {image_guidance}, text {text_guidance}")
         per_prompt = self._references_of(prompts, references)
-        self._check_memory(len(prompts), len(per_prompt[0]), num_images_per_prompt, height, width)
+        side = max(height, width)
+        self._check_memory(len(prompts), len(per_prompt[0]), num_images_per_prompt, side)
 
-        z_ref = torch.stack([self._encode_references(pictures, height, width) for pictures in per_prompt])
+        z_ref = torch.stack([self._encode_references(pictures, side) for pictures in per_prompt])
         text = self._encode_text(prompts)
         reference_text = self._encode_text([reference_prompt(one, self.config.reference_caption) for one in prompts])
         text = text.repeat_interleave(num_images_per_prompt, dim=0)
         empty = self._encode_text([""]).expand_as(text)
 
         count = len(prompts) * num_images_per_prompt
-        shape = (count, self.base_unet.config.in_channels, *z_ref.shape[-2:])
+        factor = vae_scale(self.vae)
+        shape = (count, self.base_unet.config.in_channels, height // factor, width // factor)
         latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=text.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = latents * self.scheduler.init_noise_sigma
@@ -147,7 +151,7 @@ class BootPIGPipeline(DiffusionPipeline):
             guided = image_text_guidance(e_uncond, e_im, e_text_im, image_guidance, text_guidance)
             latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
 
-        images = decode_latents(self.vae, latents)
+        images = torch.cat([decode_latents(self.vae, one) for one in latents.split(1)])  # one at a time: memory
         return ImagePipelineOutput(images=to_images(images) if output_type == "pil" else images)
 
     def _read_references(self, z_ref: Tensor, t: Tensor, text: Tensor, noise_seed: int) -> dict[str, Tensor]:
@@ -171,27 +175,25 @@ class BootPIGPipeline(DiffusionPipeline):
             raise InputError("all prompts of a call must have equally many references")
         return per_prompt
 
-    def _encode_references(self, pictures: list[Image.Image], height: int, width: int) -> Tensor:
-        """(K, 4, h, w), scaled latents of the references, each on a white square padded to the image's shape."""
-        side = max(height, width)
-        tensors = torch.stack([to_tensor(reference_picture(cut_out(picture), side)) for picture in pictures])
-        if height != width:
-            tensors = torch.nn.functional.interpolate(tensors, (height, width), mode="area")
-        return encode_images(self.vae, tensors.to(self._execution_device))
+    def _encode_references(self, pictures: list[Image.Image], side: int) -> Tensor:
+        """(K, 4, h, h), scaled latents of the references on white squares; RSA does not ask for the image's shape."""
+        tensors = [to_tensor(reference_picture(cut_out(picture), side)) for picture in pictures]
+        return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
 
     def _encode_text(self, texts: list[str]) -> Tensor:
         return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
 
-    def _check_memory(self, prompts: int, references: int, images: int, height: int, width: int) -> None:
-        """Refuse before the first step what will not fit: the references' features, and one layer's outputs."""
-        factor, sizes = vae_scale(self.vae), []
+    def _check_memory(self, prompts: int, references: int, images: int, side: int) -> None:
+        """Refuse before the first step what will not fit, by count: all features, the pass that makes them (its skip
+        connections, and some 40 tensors of the widest layer), and one RSA layer's outputs for each reference."""
+        factor, levels, sizes = vae_scale(self.vae), len(self.base_unet.config.block_out_channels), []
         for name in self.model.layers:
-            kind, index = name.split(".")[0], int(name.split(".")[1]) if "blocks" in name.split(".")[0] else 0
-            levels = len(self.base_unet.config.block_out_channels)
+            kind, part = name.split(".")[:2]
+            index = int(part) if part.isdigit() else 0
             depth = {"down_blocks": index, "mid_block": levels - 1, "up_blocks": levels - 1 - index}[kind]
             channels = self.base_unet.get_submodule(name).to_q.in_features
-            sizes.append(height * width // (factor * 2**depth) ** 2 * channels)
-        per_reference = sum(sizes) + (2 * images + 16) * max(sizes)
+            sizes.append((side // (factor * 2**depth)) ** 2 * channels)
+        per_reference = 2 * sum(sizes) + (2 * images + 40) * max(sizes)
         needed = prompts * references * per_reference * self.base_unet.dtype.itemsize
         device = self._execution_device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
