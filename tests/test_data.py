@@ -159,7 +159,7 @@ def test_shards_over_http(toy_data) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         shards, left_out = find_shards(f"http://127.0.0.1:{server.server_port}/train-{{000000..000001}}.tar")
         assert not left_out
-        assert [decode_triplet(raw).key for raw in read_shard(shards[1])][0] == "000000024"  # type: ignore[arg-type]
+        assert next(decode_triplet(raw).key for raw in read_shard(shards[1])) == "000000024"  # type: ignore[arg-type]
         server.shutdown()
 
 
