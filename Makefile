@@ -37,7 +37,7 @@ eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` d
 
 toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
 	for stage in vae clip vision dino unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done
-	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/triplets --count 24000
+	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/triplets --count 16000
 	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/val --count 64 --first_seed 1100000000
 	$(BIN)/python -m data_gen subjects --out $(WEIGHTS_RUN)/data/subjects
 	$(BIN)/python -m pig.cli fit --config $(CONFIG) --config configs/bootpig/toyworld_weights.yaml \
