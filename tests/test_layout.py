@@ -50,9 +50,3 @@ def test_only_attention_touches_attention_processors() -> None:
     for path in (ROOT / "pig").rglob("*.py"):
         if path.name not in ("attention.py", "stages.py"):
             assert "attention_processor" not in path.read_text(), path
-
-
-def test_files_stay_readable() -> None:
-    for folder in ("pig", "data_gen", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 420, path
