@@ -419,4 +419,5 @@ class UNetStage(Stage):
         found = classify(clip, self.tokenizer, torch.cat(images))
         category, place = (found == facts[:, :2]).float().mean(0).tolist()
         print(f"unet: 500 held-out captions, CLIP finds the category in {category:.1%}, background in {place:.1%}")
+        base.vae.register_to_config(_name_or_path="")  # else the path of this machine
         base.to(dtype=torch.float16).save_pretrained(out / "base")
