@@ -11,10 +11,8 @@ from tqdm import tqdm
 
 from pig.data.schema import Triplet
 from pig.data.shards import write_shard
-from pig.data.subjects import load_cutout, mask_path
+from pig.data.subjects import PICTURES, is_picture, load_cutout, mask_path
 from pig.errors import InputError
-
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shard: int = 1000) -> None:
@@ -23,13 +21,9 @@ def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shar
     The caption is `NAME.txt` where there is one, else "a photo of a OBJECT". Pictures are shrunk to `size` pixels at
     their shorter side. One that does not decode is left out, counted by reason and named.
     """
-    paths = [
-        path
-        for path in sorted(photos.rglob("*"))
-        if path.suffix.lower() in _PICTURES and not path.name.endswith(".mask.png")
-    ]
+    paths = [path for path in sorted(photos.rglob("*")) if is_picture(path)]
     if not paths:
-        raise InputError(f"no photographs in {photos} (looked for {', '.join(_PICTURES)} in all its folders)")
+        raise InputError(f"no photographs in {photos} (looked for {', '.join(PICTURES)} in all its folders)")
     total = 0
     for number, start in enumerate(range(0, len(paths), per_shard)):
         rejected: Counter[str] = Counter()

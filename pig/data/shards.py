@@ -156,10 +156,10 @@ def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
         yield BadSampleError(f"{shard.url}, sample {index}: the tar is torn ({cause})")
 
 
-def decode_triplet(raw: Raw, origin: str = "") -> Triplet:
+def decode_triplet(raw: Raw) -> Triplet:
     """Decode a sample; raises BadSampleError that names the sample and what is wrong with it."""
     key = str(raw.get("__key__", "?"))
-    name = f"{raw.get('__url__', origin)}, sample {key}"
+    name = f"{raw.get('__url__', '')}, sample {key}"
     target = next((extension for extension in TARGETS if extension in raw), None)
     if target is None:
         raise BadSampleError(f"{name}: lacks member {TARGETS[0]} (or png, webp)")

@@ -18,7 +18,7 @@ from pig.errors import InputError
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = frozenset({"cat", "dog", "fish"})
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class SubjectFolder:
     def references(self, count: int | None = None) -> list[Image.Image]:
         """The first `count` pictures as RGBA cut-outs, with their masks where there are any."""
         return [load_cutout(path) for path in self.images[:count]]
+
+
+def is_picture(path: Path) -> bool:
+    """By its name: a picture, and not the mask of one."""
+    return path.suffix.lower() in PICTURES and not path.name.endswith(".mask.png")
 
 
 def mask_path(image: Path) -> Path:
@@ -68,11 +73,7 @@ def read_subjects(folder: str | Path) -> list[SubjectFolder]:
     for name, noun in classes:
         if (name, noun) == ("subject_name", "class"):
             continue
-        images = tuple(
-            path
-            for path in sorted((folder / name).glob("*"))
-            if path.suffix.lower() in _PICTURES and not path.name.endswith(".mask.png")
-        )
+        images = tuple(path for path in sorted((folder / name).glob("*")) if is_picture(path))
         if not images:
             raise InputError(f"subject {name!r} of {folder} has no pictures in {folder / name}")
         kind = "Live Subject" if noun in LIVE_CLASSES else "Object"
