@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -68,24 +67,27 @@ def caption_of(facts: Sequence[int]) -> tuple[str, Facts]:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE, learnt from the toy captions: every word of theirs one token, any other word in pieces.
+    """CLIP's byte-level BPE with merges that make every word of the toy captions one token, any other word pieces.
 
-    The end token has the largest id, as in CLIP: `CLIPTextModel` may pool there by `argmax`.
+    Not by the library's trainer: it breaks ties by the order of a hash map, which differs between processors. The end
+    token has the largest id, as in CLIP: `CLIPTextModel` may pool there by `argmax`.
     """
-    words = [*CATEGORIES, *COLOURS, *" ".join(scene.BACKGROUNDS.values()).split(), *["a", "photo", "of", ",", "."]]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = {*CATEGORIES, *COLOURS, *" ".join(scene.BACKGROUNDS.values()).split(), "a", "photo", "of", ",", "."}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(words, trainer)
-    learnt = json.loads(bpe.to_str())["model"]
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    merged = [token for token in learnt["vocab"] if token not in set(symbols)]
-    vocab = {token: i for i, token in enumerate([*symbols, *merged, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split()) for pair in learnt["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        while len(pieces := _pieces(word, symbols, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
+    vocab = [*symbols, *dict.fromkeys(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=TOKENS)
+
+
+def _pieces(word: str, symbols: Sequence[str], merges: list[tuple[str, str]]) -> list[str]:
+    """The word in tokens, as these merges leave it. A later merge never splits a word that earlier ones have made."""
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*symbols, *(a + b for a, b in merges)]))}
+    bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+    return [token.value for token in bpe.tokenize(word)]
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:

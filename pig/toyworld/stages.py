@@ -59,9 +59,10 @@ from pig.toyworld.captions import (
 
 
 class Stage(LightningModule):
-    """Shared by all stages: AdamW with warm-up and cosine decay to zero, and the data loader."""
+    """Shared by all stages: AdamW with warm-up, cosine decay to zero in `cycles` equal parts, and the data loader."""
 
     steps: ClassVar[int]
+    cycles: ClassVar[int] = 1
     batch_size: ClassVar[int]
     lr: ClassVar[float]
     ema: ClassVar[float] = 0.998
@@ -81,7 +82,9 @@ class Stage(LightningModule):
         optimizer = torch.optim.AdamW(trainable, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
         def factor(step: int) -> float:
-            return min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+            length = self.steps // self.cycles
+            since = step % length if step < self.steps else length
+            return min(1.0, (since + 1) / 200) * 0.5 * (1 + math.cos(math.pi * since / length))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -326,7 +329,7 @@ class UNetStage(Stage):
     v-prediction: at this size it gives clean pictures long before epsilon-prediction does.
     """
 
-    steps, batch_size, lr = 7500, 32, 1e-3
+    steps, cycles, batch_size, lr = 15_000, 2, 32, 1e-3
     ema = 0.999
     caption_dropout = 0.1  # trains the empty prompt, for classifier-free guidance
 
