@@ -36,7 +36,7 @@ eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` d
 	$(BIN)/python -m pig.cli evaluate --images runs/demo/images --subjects runs/demo/data/subjects --out runs/demo/eval
 
 toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
-	for stage in vae clip vision dino unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done
+	for stage in vae clip vision dino sam unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done
 	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/triplets --count 16000
 	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/val --count 64 --first_seed 1100000000
 	$(BIN)/python -m data_gen subjects --out $(WEIGHTS_RUN)/data/subjects

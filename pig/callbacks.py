@@ -13,9 +13,9 @@ from pig.data.images import Job, save_generated
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import grid, load_image
 from pig.errors import InputError
-from pig.evaluation.metrics import ClipEncoder, DinoEncoder, SubjectScores
+from pig.evaluation.metrics import SubjectScores
 from pig.methods.base import PersonalisationModule
-from pig.models.backbone import resolve
+from pig.models.encoders import DinoEncoder, load_clip
 
 
 class EMA(Callback):
@@ -113,8 +113,8 @@ class SubjectSamples(Callback):
         if stage not in ("fit", "validate"):
             return
         self.subjects: list[SubjectFolder] = read_subjects(self.folder)[: self.max_subjects]
-        self.clip = ClipEncoder(resolve(self.clip_name, "clip"))
-        self.dino = DinoEncoder(resolve(self.dino_name, "dino"))
+        self.clip = load_clip(self.clip_name)
+        self.dino = DinoEncoder(self.dino_name)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PersonalisationModule)

@@ -30,10 +30,10 @@ from pig.data.modules import TripletDataModule
 from pig.data.subjects import SubjectFolder, load_cutout, read_subjects
 from pig.errors import InputError
 from pig.evaluation.benchmark import score_folder
-from pig.evaluation.metrics import ClipEncoder, DinoEncoder
 from pig.methods.base import PersonalisationModule
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import TOYWORLD, resolve
+from pig.models.backbone import TOYWORLD
+from pig.models.encoders import DinoEncoder, load_clip
 from pig.pipelines import BootPIGPipeline
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
@@ -147,11 +147,11 @@ def evaluate(images: Path, subjects: Path, out: Path, clip: str = "toyworld", di
         images: `SUBJECT/PROMPT_INDEX/SEED.png`, made by anything.
         subjects: a folder of subjects in DreamBooth's layout.
         out: where `scores.json` goes.
-        clip: a CLIP in transformers' format, or `toyworld`.
+        clip: `toyworld`, a folder or hub id in transformers' format, or `open_clip:MODEL/WEIGHTS`.
         dino: a DINO ViT in transformers' format, or `toyworld`.
     """
     known = read_subjects(subjects)
-    scores = score_folder(images, known, ClipEncoder(resolve(clip, "clip")), DinoEncoder(resolve(dino, "dino")))
+    scores = score_folder(images, known, load_clip(clip), DinoEncoder(dino))
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     for name, value in scores.items():

@@ -29,10 +29,10 @@ from pig.data.schema import Batch
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.evaluation.benchmark import score_folder
-from pig.evaluation.metrics import ClipEncoder, DinoEncoder
 from pig.evaluation.report import labelled_grid, read_curve, score_table, write_report
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import TOYWORLD, WEIGHTS
+from pig.models.encoders import DinoEncoder, load_clip
 from pig.pipelines import BootPIGPipeline
 from pig.toyworld import scene
 
@@ -76,7 +76,7 @@ def main() -> None:
 
     subjects = read_subjects(data / "subjects")
     draw_all(out, subjects)
-    clip, dino = ClipEncoder(WEIGHTS / "clip"), DinoEncoder(WEIGHTS / "dino")
+    clip, dino = load_clip(TOYWORLD), DinoEncoder(TOYWORLD)
     scores = {name: score_folder(condition_folder(out, name), subjects, clip, dino) for name in CONDITIONS}
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     summary = summarise(scores)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from pig.models.backbone import WEIGHTS, decode_latents, encode_images, load_backbone
+from pig.models.backbone import WEIGHTS, decode_latents, encode_images, load_backbone, tokenize
 from pig.toyworld import scene
-from pig.toyworld.captions import classify, facts_of, make_tokenizer, random_scenes, tokens
+from pig.toyworld.captions import classify, facts_of, make_tokenizer, random_scenes
 
 
 def test_size_of_the_world() -> None:
@@ -65,7 +65,7 @@ def test_tokenizer_knows_the_words_and_spells_the_rest(shipped) -> None:
     assert tokenizer.decode(tokenizer("a backpack in the jungle").input_ids, skip_special_tokens=True) == (
         "a backpack in the jungle"
     )
-    ids = tokens(tokenizer, [text, ""])
+    ids = tokenize(tokenizer, [text, ""])
     assert ids.shape == (2, 32)
     assert ids.max() == tokenizer.eos_token_id == len(tokenizer) - 1
 

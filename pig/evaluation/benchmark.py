@@ -8,10 +8,11 @@ from pathlib import Path
 from pig.data.images import read_generated
 from pig.data.subjects import SubjectFolder
 from pig.data.transforms import load_image
-from pig.evaluation.metrics import ClipEncoder, DinoEncoder, SubjectScores
+from pig.evaluation.metrics import SubjectScores
+from pig.models.encoders import Clip, DinoEncoder
 
 
-def score_folder(images: Path, subjects: list[SubjectFolder], clip: ClipEncoder, dino: DinoEncoder) -> dict[str, float]:
+def score_folder(images: Path, subjects: list[SubjectFolder], clip: Clip, dino: DinoEncoder) -> dict[str, float]:
     """DINO, CLIP-I, CLIP-T and background accuracy of the images, as `SubjectScores` defines them."""
     scores = SubjectScores(len(subjects), clip, dino)
     order = {subject.name: index for index, subject in enumerate(subjects)}

@@ -17,6 +17,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from pig.models.backbone import tokenize
 from pig.toyworld import scene
 
 SIZE = 64  # pixels
@@ -90,19 +91,12 @@ def _pieces(word: str, symbols: Sequence[str], merges: list[tuple[str, str]]) ->
     return [token.value for token in bpe.tokenize(word)]
 
 
-def tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """(N, TOKENS) long."""
-    return tokenizer(
-        list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
-
-
 @torch.no_grad()
 def classify(clip: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor) -> Tensor:
     """Category and background that CLIP finds in uint8 pictures, each among all of them: indices (N, 2)."""
     texts = [scene.caption(category, place) for category in CATEGORIES for place in PLACES]
     pixels = standardised(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    logits = clip(input_ids=tokens(tokenizer, texts), pixel_values=pixels).logits_per_image
+    logits = clip(input_ids=tokenize(tokenizer, texts), pixel_values=pixels).logits_per_image
     logits = logits.view(len(images), len(CATEGORIES), len(PLACES))
     return torch.stack([logits.logsumexp(2).argmax(1), logits.logsumexp(1).argmax(1)], dim=1)
 

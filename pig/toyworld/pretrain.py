@@ -1,10 +1,10 @@
 """Train the toy world's small models from nothing, in the formats of the big ones.
 
-    python -m pig.toyworld.pretrain vae|clip|vision|dino|unet|bootpig [--out DIR] [--work DIR]
+    python -m pig.toyworld.pretrain vae|clip|vision|dino|sam|unet|bootpig [--out DIR] [--work DIR]
 
 Each stage is a LightningModule with its settings at the top of the class; a stage that was stopped goes on from its
-last checkpoint in `--work`. `clip` also makes the tokenizer, and `unet` needs `vae` and `clip`. What the stages leave
-in `--out` is `base/` (a Stable Diffusion folder), `clip/` and `dino/`: loaded by the same code as the hub's models.
+last checkpoint in `--work`. `clip` also makes the tokenizer; `sam` needs `vae`, and `unet` needs `vae` and `clip`. They
+leave `base/` (a Stable Diffusion folder), `clip/`, `dino/` and `sam/` in `--out`, loaded as the hub's models are.
 `bootpig` packs what `fit` with `configs/bootpig/toyworld_weights.yaml` has trained; `make toyworld-weights` does all.
 """
 
@@ -20,12 +20,19 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
 from pig.methods.bootpig import EMBEDDED, BootPIG
-from pig.toyworld.stages import CLIPStage, DINOStage, Stage, UNetStage, VAEStage, VisionStage
+from pig.toyworld.stages.base import Stage
+from pig.toyworld.stages.clip import CLIPStage, VisionStage
+from pig.toyworld.stages.dino import DINOStage
+from pig.toyworld.stages.sam import SAMStage
+from pig.toyworld.stages.unet import UNetStage
+from pig.toyworld.stages.vae import VAEStage
 
 
 def make_stage(name: str, out: Path) -> Stage:
     if name == "unet":
         return UNetStage(out / "base")
+    if name == "sam":
+        return SAMStage(out / "base")
     if name == "vision":
         return VisionStage(out / "clip")
     return {"vae": VAEStage, "clip": CLIPStage, "dino": DINOStage}[name]()
@@ -42,7 +49,7 @@ def pack_bootpig(checkpoint: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pig.toyworld.pretrain", description=__doc__)
-    parser.add_argument("stage", choices=("vae", "clip", "vision", "dino", "unet", "bootpig"))
+    parser.add_argument("stage", choices=("vae", "clip", "vision", "dino", "sam", "unet", "bootpig"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--work", type=Path, default=Path("runs/toyworld"), help="checkpoints of unfinished stages")
     args = parser.parse_args()
