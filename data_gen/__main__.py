@@ -1,15 +1,26 @@
-"""python -m data_gen triplets | subjects | photos: make training data and held-out subjects."""
+"""Make triplet shards.
+
+python -m data_gen CONFIG [key=value ...] [--dry-run]        the whole chain: captions, images, masks, shards
+python -m data_gen captions|images|masks|quality|shards CONFIG [FOLDER] [key=value ...]       one stage of it
+python -m data_gen inspect DIR [--out DIR]                   look at shards: contact sheet and statistics
+python -m data_gen triplets|subjects|photos --help           draw toy triplets or subjects; pack photographs
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import jsonargparse
 
+from data_gen.config import load_config
+from data_gen.errors import DiskFullError, WorkerDiedError
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.errors import InputError
+
+STAGES = ("captions", "images", "masks", "quality", "shards")
 
 
 def triplets(out: Path, count: int = 8000, size: int = 64, first_seed: int = 0) -> None:
@@ -47,12 +58,58 @@ def photos(photos: Path, out: Path, object: str, size: int = 512) -> None:
     pack_photos(photos, out, object, size)
 
 
+def run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else ""
+    if command in ("triplets", "subjects", "photos"):
+        jsonargparse.auto_cli([triplets, subjects, photos], as_positional=False, prog="python -m data_gen")
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m data_gen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if command == "inspect":
+        from data_gen.inspect import inspect
+
+        parser.add_argument("inspect")
+        parser.add_argument("folder", type=Path, help="of shards")
+        parser.add_argument("--out", type=Path, help="for inspect.html and inspect.png; default: the folder")
+        chosen = parser.parse_args(arguments)
+        inspect(chosen.folder, chosen.out or chosen.folder)
+        return
+    stage = arguments.pop(0) if command in STAGES else None
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/datagen/toyworld.yaml")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="over the config: captions.count=1000")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and how long it would take here")
+    chosen = parser.parse_args(arguments)
+    overrides = [word for word in chosen.words if "=" in word]
+    folders = [Path(word) for word in chosen.words if "=" not in word]
+    if len(folders) > bool(stage):
+        raise InputError(f"expected key=value, got {folders[-1]}")
+    config = load_config(chosen.config, overrides)
+    # Imported here: heavy, and neither drawing, nor packing, nor a mistake in the config needs them.
+    from data_gen.executors import quiet
+    from data_gen.run import dry_run, generate, stage_alone
+
+    quiet()
+    if stage:
+        stage_alone(stage, config, *folders)
+    elif chosen.dry_run:
+        dry_run(config)
+    else:
+        generate(config)
+
+
 def main() -> None:
     try:
-        jsonargparse.auto_cli([triplets, subjects, photos], as_positional=False, prog="python -m data_gen")
+        run(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (DiskFullError, WorkerDiedError) as error:
+        print(f"error: {error}. Finished shards are kept; start again to go on", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, start again to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

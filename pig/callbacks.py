@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from pig.data.grids import grid
 from pig.data.images import Job, save_generated
 from pig.data.subjects import SubjectFolder, read_subjects
-from pig.data.transforms import grid, load_image
+from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.evaluation.metrics import SubjectScores
 from pig.methods.base import PersonalisationModule

@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.progress import track
 
 from pig.cli import load_pipeline
+from pig.data.grids import labelled_grid
 from pig.data.images import MANIFEST, Job, save_generated
 from pig.data.schema import Batch
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.evaluation.benchmark import score_folder
-from pig.evaluation.report import labelled_grid, read_curve, score_table, write_report
+from pig.evaluation.report import read_curve, score_table, write_report
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import TOYWORLD, WEIGHTS
 from pig.models.encoders import DinoEncoder, load_clip
@@ -175,7 +176,7 @@ def generators(jobs: Sequence[Job]) -> list[torch.Generator]:
 
 
 def draw_with_base(jobs: Sequence[Job], folder: Path) -> None:
-    base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "base", torch_dtype=torch.float32)
+    base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "base", dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
     steps = SAMPLING["num_inference_steps"]
     for batch in fresh(folder, jobs):

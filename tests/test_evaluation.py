@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from pig.data.grids import labelled_grid
 from pig.data.images import Job, save_generated
 from pig.data.subjects import read_subjects
 from pig.evaluation.benchmark import score_folder
 from pig.evaluation.metrics import SubjectMean
-from pig.evaluation.report import labelled_grid, read_curve, score_table, write_report
+from pig.evaluation.report import read_curve, score_table, write_report
 from pig.models.backbone import WEIGHTS
 from pig.models.encoders import ClipEncoder, DinoEncoder
 from pig.toyworld import scene

@@ -66,6 +66,11 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] | None = None) -> ShardStats:
     """Write a shard aside, move it into place, and write its stats last. The same triplets give the same bytes.
 
@@ -79,9 +84,7 @@ def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] |
         for triplet in triplets:
             writer.write(triplet_members(triplet))
             count += 1
-    with aside.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    stats = ShardStats(count, aside.stat().st_size, digest, dict(sorted((rejected or {}).items())))
+    stats = ShardStats(count, aside.stat().st_size, sha256_of(aside), dict(sorted((rejected or {}).items())))
     aside.rename(tar)
     part = Path(stats_path(str(tar)) + ".part")
     part.write_text(json.dumps(asdict(stats), indent=1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,14 +141,3 @@ def to_images(tensor: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] -> B RGB pictures."""
     array = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
-
-
-def grid(rows: Sequence[Sequence[Image.Image]], size: int, gap: int = 4) -> Image.Image:
-    """Pictures in rows and columns, each scaled to `size` pixels, on white."""
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, len(rows) * (size + gap) + gap), WHITE)
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            place = (gap + x * (size + gap), gap + y * (size + gap))
-            sheet.paste(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), place)
-    return sheet

@@ -1,4 +1,4 @@
-"""Show results: a table for the terminal, a labelled grid of pictures, and one self-contained HTML page."""
+"""Show results: a table for the terminal, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
-
-from pig.data.transforms import WHITE, grid
 
 Scores = Mapping[str, Mapping[str, float]]  # condition -> score -> value
 
@@ -25,22 +22,6 @@ def score_table(scores: Scores) -> Table:
     for condition, values in scores.items():
         table.add_row(condition, *(f"{values[name]:.3f}" for name in names))
     return table
-
-
-def labelled_grid(
-    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 128
-) -> Image.Image:
-    """A grid with a heading over each column and a line of text below each row."""
-    font = ImageFont.load_default(13)
-    body = grid([pictures for _, pictures in rows], size, gap=22)
-    sheet = Image.new("RGB", (body.width, body.height + 20), WHITE)
-    sheet.paste(body, (0, 20))
-    draw = ImageDraw.Draw(sheet)
-    for i, heading in enumerate(columns):
-        draw.text((22 + i * (size + 22), 18), heading, fill=(60, 60, 60), font=font)
-    for i, (label, _) in enumerate(rows):
-        draw.text((22, 20 + (i + 1) * (size + 22) + 2), label, fill=(60, 60, 60), font=font)
-    return sheet
 
 
 def read_curve(files: Iterable[Path], column: str) -> list[tuple[int, float]]:

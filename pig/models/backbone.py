@@ -48,10 +48,10 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
     source = resolve(name)
     try:
         backbone = Backbone(
-            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=dtype),
+            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", dtype=dtype),
             text_encoder=CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype),
             tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
-            unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype),
+            unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype),
             scheduler=UniPCMultistepScheduler.from_pretrained(source, subfolder="scheduler"),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -34,7 +34,7 @@ class SAMStage(Stage):
     def __init__(self, base: Path) -> None:
         super().__init__()
         self.sam: Sam = build_sam(self.size)
-        self.frozen = {"vae": AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32)}
+        self.frozen = {"vae": AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32)}
 
     @staticmethod
     def scenes(count: int, first_seed: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class UNetStage(Stage):
         )
         self.tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
         text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32)
-        vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32)
         self.frozen = {"text_encoder": text_encoder, "vae": vae}  # a dict: not part of the module
 
     @torch.no_grad()

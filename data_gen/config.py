@@ -1,0 +1,220 @@
+"""The settings of data generation: a YAML file over these defaults, `key=value` on the command line over both."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from pig.errors import InputError
+
+
+@dataclass
+class CaptionsConfig:
+    """captioner: `grammar` (lists, offline), `chat` (an OpenAI-compatible server) or `local` (transformers)."""
+
+    count: int = MISSING
+    captioner: str = "grammar"
+    # grammar: a YAML file with `objects` and `scenes`; none: the toy world's words
+    lists: str | None = None
+    # chat and local
+    model: str | None = None
+    per_call: int = 50  # of the authors' release
+    temperature: float = 1.2  # of the authors' release
+    max_object_share: float = 0.02  # of all captions may be about one object
+    # chat
+    base_url: str | None = None  # none: the client's own default
+    api_key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; keys stand in no config
+    parallel_calls: int = 4
+    timeout: float = 120.0  # seconds a call
+    retries: int = 8  # of a call that was refused, failed or cut off; with backoff
+
+
+@dataclass
+class ImagesConfig:
+    """model: any text-to-image pipeline of diffusers, a folder or hub id, or `toyworld`."""
+
+    model: str = MISSING
+    per_caption: int = 1
+    size: int = 512
+    steps: int = 25
+    guidance: float = 7.5
+    batch_size: int = 8
+    compile: bool = False
+
+
+@dataclass
+class MasksConfig:
+    """method: `automatic` (SAM's own masks ranked by CLIP), `grounded` (Grounding DINO, then SAM), or `sam3`."""
+
+    method: str = "automatic"
+    sam: str | None = None
+    clip: str | None = None  # automatic
+    detector: str | None = None  # grounded: Grounding DINO; sam3: SAM 3
+    batch_size: int = 8
+    points_per_side: int = 32  # automatic: of SAM's grid
+    pred_iou_thresh: float = 0.88  # automatic
+    stability_score_thresh: float = 0.95  # automatic
+    threshold: float = 0.3  # grounded, sam3: least score of what was found
+    compile: bool = False
+
+
+@dataclass
+class QualityConfig:
+    """What a sample must satisfy. Areas are shares of the picture, scores plain cosines of CLIP."""
+
+    clip: str = MISSING
+    border: int = 25  # pixels at 512 that the mask must keep from the border (authors' release)
+    min_area: float = 0.02
+    max_area: float = 0.70
+    min_largest_part: float = 0.9  # share of the mask's area in its largest connected part; the rest is dropped
+    min_deviation: float = 8.0  # of grey values (0..255): below it the picture is near constant
+    min_caption_score: float = 0.0  # caption against picture
+    min_object_score: float = 0.0  # object phrase against the cut-out
+    batch_size: int = 32
+
+
+@dataclass
+class ShardsConfig:
+    size: int = 1000  # samples in a shard, before rejections
+    attempts: int = 3  # pictures drawn for a sample until one passes; then it is dropped
+
+
+@dataclass
+class CardConfig:
+    """Fields of the data card that only a person knows."""
+
+    licence: str = "not stated"
+    caption_terms: str = "not stated"
+    image_terms: str = "not stated"
+
+
+@dataclass
+class DatagenConfig:
+    output: str = MISSING
+    seed: int = 0
+    executor: str = "local"  # or `ray`: on this machine, or the cluster at RAY_ADDRESS
+    workers: int = 1  # processes; with GPUs, one GPU each
+    threads: int = 1  # CPU threads a worker: sums over several round differently, so it is part of the data
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    masks: MasksConfig = field(default_factory=MasksConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+
+
+# Where and by whom the work is done changes no byte of the data.
+PLACE = ("output", "executor", "workers", "card", "captions.parallel_calls", "captions.timeout", "captions.retries")
+
+CHOICES = {
+    "executor": ("local", "ray"),
+    "captions.captioner": ("grammar", "chat", "local"),
+    "masks.method": ("automatic", "grounded", "sam3"),
+}
+POSITIVE = (
+    *("workers", "threads", "shards.size", "shards.attempts", "captions.count", "captions.per_call"),
+    *("captions.parallel_calls", "images.per_caption", "images.size", "images.steps", "images.batch_size"),
+    *("masks.batch_size", "masks.points_per_side", "quality.batch_size"),
+)
+SHARES = ("captions.max_object_share", "quality.min_area", "quality.max_area", "quality.min_largest_part")
+NEEDED = {  # by a choice made above
+    ("captions.captioner", "chat"): ("captions.model",),
+    ("captions.captioner", "local"): ("captions.model",),
+    ("masks.method", "automatic"): ("masks.sam", "masks.clip"),
+    ("masks.method", "grounded"): ("masks.sam", "masks.detector"),
+    ("masks.method", "sam3"): ("masks.detector",),
+}
+
+
+def load_config(file: Path, overrides: list[str]) -> DatagenConfig:
+    """Read, merge and check.
+
+    Raises:
+        InputError: no such file, an unknown key, a value of the wrong type or out of its range, or a missing one.
+    """
+    schema = OmegaConf.structured(DatagenConfig)
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.load(file), OmegaConf.from_dotlist(overrides))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise InputError(f"{missing[0]} must be set, in {file} or as {missing[0]}=VALUE")
+        config = OmegaConf.to_object(merged)
+    except FileNotFoundError as error:
+        raise InputError(f"no such config: {file}") from error
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"unknown key {key!r} in {file} or on the command line{hint}") from error
+    except InputError:
+        raise
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise InputError(f"{file}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, DatagenConfig)
+    _check(config)
+    return config
+
+
+def _keys() -> list[str]:
+    return list(flat(OmegaConf.to_container(OmegaConf.structured(DatagenConfig))))
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"captions.count": 256, ...}"""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _check(config: DatagenConfig) -> None:
+    values = flat(asdict(config))
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise InputError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
+    for key in POSITIVE:
+        if values[key] < 1:
+            raise InputError(f"{key} must be at least 1, got {values[key]}")
+    for key in SHARES:
+        if not 0 < values[key] <= 1:
+            raise InputError(f"{key} is a share, above 0 and at most 1; got {values[key]}")
+    for (choice, value), keys in NEEDED.items():
+        for key in keys:
+            if values[choice] == value and values[key] is None:
+                raise InputError(f"{choice}={value} needs {key}")
+    if config.images.size % 8:
+        raise InputError(f"images.size must be divisible by 8, got {config.images.size}")
+
+
+def settle(config: DatagenConfig) -> None:
+    """Claim the output folder for this config: its resolved form is written there, or agrees with what stands there.
+
+    Raises:
+        InputError: the folder holds shards of another config; the message shows the difference.
+    """
+    out = Path(config.output)
+    kept = out / "datagen.yaml"
+    now = asdict(config)
+    if kept.exists():
+        before, after = flat(OmegaConf.to_container(OmegaConf.load(kept))), flat(now)
+        changed = [
+            f"  {key}: {before.get(key)} -> {after.get(key)}"
+            for key in sorted({*before, *after})
+            if before.get(key) != after.get(key) and not key.startswith(PLACE)
+        ]
+        if changed:
+            raise InputError(
+                f"{out} holds shards of another config; choose another output, or remove it. The difference:\n"
+                + "\n".join(changed)
+            )
+    elif any(out.glob("*.tar")):
+        raise InputError(f"{out} holds shards of another origin (there is no datagen.yaml); choose another output")
+    out.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(".part")
+    part.write_text(OmegaConf.to_yaml(OmegaConf.create(now)))
+    part.rename(kept)

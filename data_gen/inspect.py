@@ -1,0 +1,127 @@
+"""Look at data before training on it: a contact sheet and statistics of the shards, as PNG and one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from tqdm import tqdm
+
+from pig.data.grids import labelled_grid
+from pig.data.schema import Triplet
+from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, read_shard
+from pig.data.transforms import reference_picture
+
+SHEET = 24  # triplets on the contact sheet
+
+
+def inspect(folder: Path, out: Path) -> None:
+    """Write `inspect.html` and `inspect.png` into `out`.
+
+    Raises:
+        InputError: there is no shard in the folder.
+    """
+    shards, left_out = find_shards(str(folder))
+    total = sum(shard.stats.count for shard in shards)
+    chosen = set(np.linspace(0, total - 1, min(SHEET, total)).round().astype(int).tolist())
+    shown, bad, scores, objects = list[Triplet](), list[str](), dict[str, list[float]](), Counter[str]()
+    for index, row in enumerate(tqdm(_samples(shards), total=total, desc="triplets", unit="triplet")):
+        if isinstance(row, BadSampleError):
+            bad.append(str(row))
+            continue
+        objects[row.object] += 1
+        for name, value in row.metadata.get("scores", {}).items():
+            scores.setdefault(name, []).append(float(value))
+        if index in chosen:
+            shown.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    sheet = contact_sheet(shown)
+    sheet.save(out / "inspect.png")
+    (out / "inspect.html").write_text(_page(folder, shards, [*left_out, *bad], scores, objects, sheet))
+    rejected = sum((Counter(shard.stats.rejected) for shard in shards), Counter[str]())
+    print(f"{total} triplets, {len(objects)} objects, rejected while made: {dict(rejected)}; unusable: {len(bad)}")
+    print(f"  {out / 'inspect.html'}\n  {out / 'inspect.png'}")
+
+
+def _samples(shards: Sequence[Shard]) -> Any:
+    for shard in shards:
+        for raw in read_shard(shard):
+            try:
+                yield raw if isinstance(raw, BadSampleError) else decode_triplet(raw)
+            except BadSampleError as error:
+                yield error
+
+
+def contact_sheet(triplets: Sequence[Triplet], columns: int = 3) -> Image.Image:
+    """Target, target with the mask's outline, and reference of each, with its caption; `columns` triplets a row."""
+    cells = [
+        (f"{t.object} | {t.caption}", [t.target, outlined(t), reference_picture(t.reference, t.target.height)])
+        for t in triplets
+    ]
+    rows = []
+    for start in range(0, len(cells), columns):
+        group = cells[start : start + columns]
+        rows.append(([label for label, _ in group], [picture for _, pictures in group for picture in pictures]))
+    return labelled_grid(["target", "mask", "reference"] * min(columns, len(cells)), rows)
+
+
+def outlined(triplet: Triplet) -> Image.Image:
+    """The target with the border of its mask in magenta, two pixels at 512."""
+    inside = np.asarray(triplet.reference.getchannel("A")) > 127
+    width = max(1, inside.shape[0] // 256)
+    edge = inside & ~ndimage.binary_erosion(inside, iterations=width)
+    picture = np.array(triplet.target.convert("RGB"))
+    picture[edge] = (255, 0, 255)
+    return Image.fromarray(picture)
+
+
+def _page(
+    folder: Path,
+    shards: Sequence[Shard],
+    problems: Sequence[str],
+    scores: dict[str, list[float]],
+    objects: Counter[str],
+    sheet: Image.Image,
+) -> str:
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    rejected = sum((Counter(shard.stats.rejected) for shard in shards), Counter[str]())
+    total = sum(shard.stats.count for shard in shards)
+    size = sum(shard.stats.bytes for shard in shards) / 1e6
+
+    def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+        return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{cells}</table>"
+
+    statistics = [
+        (name, f"{min(v):.3f}", f"{median(v):.3f}", f"{mean(v):.3f}", f"{max(v):.3f}") for name, v in scores.items()
+    ]
+    parts = [
+        f"<h1>{html.escape(str(folder))}</h1><p>{total} triplets in {len(shards)} shards, {size:.1f} MB; "
+        f"{len(objects)} different objects.</p>",
+        "<h2>Contact sheet</h2>",
+        f'<img alt="targets, masks and references" src="data:image/png;base64,{encoded}">',
+        "<h2>Rejected while made</h2>" + table(("reason", "pictures"), sorted(rejected.items())) if rejected else "",
+        "<h2>Scores</h2>" + table(("score", "least", "median", "mean", "most"), statistics) if statistics else "",
+        "<h2>Most frequent objects</h2>" + table(("object", "triplets"), objects.most_common(20)),
+        "<h2>Problems</h2>" + table(("what",), [(line,) for line in problems[:50]]) if problems else "",
+    ]
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "img{max-width:100%}table{border-collapse:collapse;margin:.5rem 0}"
+        "td,th{border-bottom:1px solid #ddd;padding:.2rem .8rem;text-align:left}"
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>triplets</title><style>{style}</style>{''.join(parts)}</html>"
+    )

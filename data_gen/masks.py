@@ -1,0 +1,172 @@
+"""Stage 3: from the object's phrase to its mask in the picture, by one of three ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from data_gen.config import MasksConfig
+from data_gen.samples import Report, batches, read_samples, save_png, write_lines
+from pig.data.transforms import load_image, reference_picture
+from pig.errors import InputError
+from pig.models.encoders import load_clip
+from pig.models.segmenters import automatic_masks, encode, load_sam, masks_in_box
+
+DONE = "masks.jsonl"
+
+
+@dataclass(frozen=True)
+class Found:
+    """mask: (H, W) bool, or None where the phrase was not found; score: how sure, by the way's own measure."""
+
+    mask: np.ndarray | None
+    score: float
+
+
+NOTHING = Found(None, 0.0)
+
+
+class Segmenter(Protocol):
+    def find(self, images: Sequence[Image.Image], phrases: Sequence[str]) -> list[Found]:
+        """The mask of each phrase in its picture."""
+
+
+def make_segmenter(config: MasksConfig, device: str) -> Segmenter:
+    ways: dict[str, Any] = {"automatic": AutomaticMasks, "grounded": GroundedMasks, "sam3": Sam3Masks}
+    return ways[config.method](config, device)
+
+
+class AutomaticMasks:
+    """SAM's automatic masks; of these the one whose cut-out CLIP finds most like the phrase. Needs no detector."""
+
+    def __init__(self, config: MasksConfig, device: str) -> None:
+        self.sam, self.dtype = _sam(config, device)
+        self.clip = load_clip(str(config.clip), device)
+        self.settings = {
+            "points_per_side": config.points_per_side,
+            "pred_iou_thresh": config.pred_iou_thresh,
+            "stability_score_thresh": config.stability_score_thresh,
+        }
+
+    def find(self, images: Sequence[Image.Image], phrases: Sequence[str]) -> list[Found]:
+        arrays = [np.asarray(image) for image in images]
+        features = encode(self.sam, arrays, self.dtype)
+        texts = self.clip.texts([f"a photo of a {phrase}" for phrase in phrases])
+        found = []
+        for array, feature, text in zip(arrays, features, texts, strict=True):
+            masks = [mask.mask for mask in automatic_masks(self.sam, feature[None], array, **self.settings)]
+            masks = [mask for mask in masks if mask.any() and not is_background(mask)]
+            if masks:
+                scores = self.clip.images([cut(array, mask) for mask in masks]) @ text
+                best = int(scores.argmax())
+                found.append(Found(masks[best], float(scores[best])))
+            else:
+                found.append(NOTHING)
+        return found
+
+
+class GroundedMasks:
+    """Grounding DINO finds the phrase's box, SAM the mask in it (the authors' release)."""
+
+    def __init__(self, config: MasksConfig, device: str) -> None:
+        from transformers import AutoModelForZeroShotObjectDetection
+
+        self.model, self.processor = _detector(AutoModelForZeroShotObjectDetection, config, device)
+        self.sam, self.dtype = _sam(config, device)
+        self.threshold = config.threshold
+
+    @torch.no_grad()
+    def find(self, images: Sequence[Image.Image], phrases: Sequence[str]) -> list[Found]:
+        prompts = [phrase.lower().strip(". ") + "." for phrase in phrases]  # the form it was trained on
+        inputs = self.processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
+        outputs = self.model(**inputs.to(self.model.device))
+        sizes = [(image.height, image.width) for image in images]
+        boxes = self.processor.post_process_grounded_object_detection(
+            outputs, inputs.input_ids, threshold=self.threshold, text_threshold=self.threshold, target_sizes=sizes
+        )
+        features = encode(self.sam, [np.asarray(image) for image in images], self.dtype)
+        found = []
+        for box, feature, size in zip(boxes, features, sizes, strict=True):
+            if len(box["scores"]):
+                best = int(box["scores"].argmax())
+                mask = masks_in_box(self.sam, feature[None], size, box["boxes"][best].tolist())[0]
+                found.append(Found(mask.mask, float(box["scores"][best])))
+            else:
+                found.append(NOTHING)
+        return found
+
+
+class Sam3Masks:
+    """SAM 3, prompted by the phrase itself. Its weights need Meta's consent on the hub."""
+
+    def __init__(self, config: MasksConfig, device: str) -> None:
+        from transformers import Sam3Model
+
+        self.model, self.processor = _detector(Sam3Model, config, device)
+        self.threshold = config.threshold
+
+    @torch.no_grad()
+    def find(self, images: Sequence[Image.Image], phrases: Sequence[str]) -> list[Found]:
+        inputs = self.processor(images=list(images), text=list(phrases), return_tensors="pt").to(self.model.device)
+        outputs = self.model(**inputs)
+        sizes = [(image.height, image.width) for image in images]
+        found = []
+        for result in self.processor.post_process_instance_segmentation(
+            outputs, threshold=self.threshold, target_sizes=sizes
+        ):
+            if len(result["scores"]):
+                best = int(result["scores"].argmax())
+                found.append(Found(result["masks"][best].bool().cpu().numpy(), float(result["scores"][best])))
+            else:
+                found.append(NOTHING)
+        return found
+
+
+def is_background(mask: np.ndarray) -> bool:
+    """Whether a mask touches three sides of the picture or more. (CLIP alone falls for the hole an object leaves.)"""
+    return sum(bool(side.any()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) >= 3
+
+
+def _sam(config: MasksConfig, device: str) -> tuple[Any, torch.dtype]:
+    sam = load_sam(str(config.sam), device)
+    if config.compile:
+        sam.image_encoder.compile()
+    return sam, torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def _detector(kind: Any, config: MasksConfig, device: str) -> tuple[Any, Any]:
+    from transformers import AutoProcessor
+
+    try:
+        model = kind.from_pretrained(config.detector).to(device).eval()
+        return model, AutoProcessor.from_pretrained(config.detector)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"cannot load masks.detector={config.detector!r}: {str(error).splitlines()[0]}") from error
+
+
+def cut(image: np.ndarray, mask: np.ndarray, size: int | None = None) -> Image.Image:
+    """What the mask shows, alone on white and filling the frame."""
+    cutout = Image.fromarray(image)
+    cutout.putalpha(Image.fromarray(mask))
+    return reference_picture(cutout, size or max(image.shape[:2]))
+
+
+def find_masks(folder: Path, segmenter: Segmenter, config: MasksConfig, report: Report) -> None:
+    """`images/KEY.png` -> `masks/KEY.png` (0 or 255; nothing where the phrase was not found) and `masks.jsonl`."""
+    rows = []
+    for batch in batches(read_samples(folder), config.batch_size):
+        images = [load_image(folder / "images" / f"{sample.key}.png").convert("RGB") for sample in batch]
+        for sample, found in zip(batch, segmenter.find(images, [sample.object for sample in batch]), strict=True):
+            if found.mask is not None:
+                mask = Image.fromarray(found.mask.astype(np.uint8) * 255)
+                save_png(mask, folder / "masks" / f"{sample.key}.png")
+            rows.append({"key": sample.key, "found": found.mask is not None, "mask_score": round(found.score, 4)})
+        report(len(batch))
+    write_lines(folder / DONE, rows)

@@ -1,0 +1,73 @@
+"""What passes from stage to stage on disk: a folder with `samples.jsonl`, then what each stage adds to it.
+
+`samples.jsonl`            KEY, caption, object and seed of each sample
+`images/KEY.png`           stage 2, and `images.jsonl` when it is done
+`masks/KEY.png`            stage 3, and `masks.jsonl`
+`quality.jsonl`            stage 4: scores, and the reason of a rejection
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from pig.errors import InputError
+
+T = TypeVar("T")
+Report = Callable[[int], None]  # called with the number of samples that a stage has finished
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    caption: str
+    object: str
+    seed: int
+
+
+def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def write_lines(file: Path, rows: Iterable[Any]) -> None:
+    """JSON lines, in place at once or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    part.rename(file)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+
+
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "samples.jsonl", (asdict(sample) for sample in samples))
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """Raises InputError where the file is missing or a line lacks an entry."""
+    rows = read_lines(folder / "samples.jsonl")
+    try:
+        return [Sample(**row) for row in rows]
+    except TypeError as error:
+        raise InputError(
+            f"{folder / 'samples.jsonl'}: each line needs key, caption, object and seed ({error})"
+        ) from error
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """In place at once or not at all, so that a file that exists is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    image.save(part, "PNG", compress_level=1)
+    part.rename(path)
