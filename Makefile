@@ -4,9 +4,10 @@ BIN := .venv/bin
 CONFIG ?= configs/bootpig/toyworld.yaml
 ARGS ?=
 WEIGHTS_RUN := runs/toyworld/bootpig
+GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types datagen train eval toyworld-weights clean
+.PHONY: help demo demo-generated test lint types datagen train eval bench-datagen toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -14,26 +15,32 @@ help: ## this list
 demo: .venv/.ready ## triplets -> training -> images of unseen subjects -> scores, on the toy world, into runs/demo
 	$(BIN)/python -m pig.demo
 
+demo-generated: .venv/.ready ## the same, trained on triplets that the toy models generate; both tables side by side
+	$(BIN)/python -m data_gen configs/datagen/toyworld.yaml output=$(GENERATED) captions.count=135 images.per_caption=20 \
+		shards.size=135
+	$(BIN)/python -m pig.demo --out runs/demo-generated --triplets $(GENERATED) --beside runs/demo
+
 test: lint types ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.ready ## ruff: rules and format
-	$(BIN)/ruff check pig data_gen tests
-	$(BIN)/ruff format --check pig data_gen tests
+	$(BIN)/ruff check pig data_gen tests benchmarks
+	$(BIN)/ruff format --check pig data_gen tests benchmarks
 
 types: .venv/.ready ## mypy on pig/ and data_gen/
 	$(BIN)/mypy
 
-datagen: .venv/.ready ## toy triplets and held-out subjects into runs/demo/data
-	$(BIN)/python -m data_gen triplets --out runs/demo/data/triplets
-	$(BIN)/python -m data_gen triplets --out runs/demo/data/val --count 64 --first_seed 1100000000
-	$(BIN)/python -m data_gen subjects --out runs/demo/data/subjects
+datagen: .venv/.ready ## 256 synthetic triplets by the toy models: captions -> images -> masks -> filters -> shards
+	$(BIN)/python -m data_gen configs/datagen/toyworld.yaml $(ARGS)
 
-train: .venv/.ready ## python -m pig.cli fit --config $(CONFIG) $(ARGS); after datagen or with data of your own
+train: .venv/.ready ## python -m pig.cli fit --config $(CONFIG) $(ARGS); after the demo, on its data, or on yours
 	$(BIN)/python -m pig.cli fit --config $(CONFIG) $(ARGS)
 
 eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` does any folder
 	$(BIN)/python -m pig.cli evaluate --images runs/demo/images --subjects runs/demo/data/subjects --out runs/demo/eval
+
+bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
+	$(BIN)/python -W ignore -m benchmarks.datagen
 
 toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
 	for stage in vae clip vision dino sam unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done

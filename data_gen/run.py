@@ -38,6 +38,7 @@ from pig.errors import InputError
 
 console = Console()
 CARD = "README.md"
+HOPELESS = 64  # samples tried without one that passes, after which a run ends
 
 
 def generate(config: DatagenConfig) -> None:
@@ -156,6 +157,13 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
         for report in execute(config, missing):
             if report is not None:
                 reports.append(report)
+                tried = sum(sizes[done.number] for done in reports)
+                if tried >= min(HOPELESS, total) and not any(done.count for done in reports):
+                    reasons = dict(sum((Counter(done.rejected) for done in reports), Counter[str]()))
+                    raise InputError(
+                        f"not one of the first {tried} samples passed: {reasons}. Look at masks.* and quality.* in the "
+                        f"config (`no object`: the phrase was not found), and try them out in another output"
+                    )
             finished = {done.number for done in reports}
             running = [read_progress(out, number) for number in missing if number not in finished]
             # Quality comes last; a sample drawn again is counted again, so the share is capped by the shard's size.

@@ -1,6 +1,6 @@
 """`make demo`: the whole way on the toy world, from triplets to scores, by the commands that a user would give.
 
-    python -m pig.demo [--out runs/demo]
+    python -m pig.demo [--out DIR] [--triplets SHARDS] [--beside DIR]
 
 What is finished is kept: a demo that was stopped goes on where it stood.
 """
@@ -27,6 +27,7 @@ from pig.cli import load_pipeline
 from pig.data.grids import labelled_grid
 from pig.data.images import MANIFEST, Job, save_generated
 from pig.data.schema import Batch
+from pig.data.shards import find_shards
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.evaluation.benchmark import score_folder
@@ -60,19 +61,25 @@ console = Console()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pig.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    out: Path = parser.parse_args().out
+    parser.add_argument("--triplets", type=Path, help="train on these shards; default: drawn ones, made first")
+    parser.add_argument("--beside", type=Path, help="another demo's folder, to print its scores beside these")
+    chosen = parser.parse_args()
+    out: Path = chosen.out
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
     began = time.perf_counter()
-    announce()
-    data = out / "data"
-    run("data_gen", "triplets", out=data / "triplets", count=TRIPLETS)
+    data, triplets = out / "data", chosen.triplets or out / "data/triplets"
+    if chosen.triplets is not None:
+        find_shards(str(triplets))  # a mistyped folder is refused now, not after minutes
+    announce(chosen.triplets)
+    if chosen.triplets is None:
+        run("data_gen", "triplets", out=triplets, count=TRIPLETS)
     run("data_gen", "triplets", out=data / "val", count=64, first_seed=scene.HELD_OUT_SEED + 10**8)
     run("data_gen", "subjects", out=data / "subjects", count=SUBJECTS)
     if not (out / "export/model_index.json").exists():
         last = out / "fit/checkpoints/last.ckpt"
         resume = {"ckpt_path": last} if last.exists() else {}
-        run("pig.cli", "fit", config=CONFIG, run=out, **resume)
+        run("pig.cli", "fit", **{"config": CONFIG, "run": out, "data.shards": triplets, **resume})
         run("pig.cli", "export", checkpoint=last, out=out / "export")
 
     subjects = read_subjects(data / "subjects")
@@ -93,6 +100,8 @@ def main() -> None:
         settings=(logs[-1] / "config.yaml").read_text(),
     )
     console.print(score_table(scores))
+    if chosen.beside is not None and (chosen.beside / "scores.json").exists():
+        console.print(score_table(json.loads((chosen.beside / "scores.json").read_text()), f"{chosen.beside}"))
     for line in summary:
         console.print(line)
     for name in ("report.html", "grid.png", "scores.json", "images", "export"):
@@ -100,7 +109,7 @@ def main() -> None:
     console.print(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
 
 
-def announce() -> None:
+def announce(triplets: Path | None) -> None:
     """Say what will be done and, from one real training step and one real sampling step, how long it takes here."""
     module = BootPIG(TOYWORLD)
     pictures = torch.zeros(BATCH_SIZE, 3, 64, 64)
@@ -121,11 +130,12 @@ def announce() -> None:
     # Three BootPIG conditions, one of them with three references; the base model costs about a third.
     sampling = (time.perf_counter() - began) * SAMPLING["num_inference_steps"] * images / SAMPLING_BATCH * 4
     training = per_step * TRAINING_STEPS * 1.15  # optimizer, loading, validation
+    source = f"make {TRIPLETS} triplets" if triplets is None else f"take {triplets}, make validation triplets"
+    minutes = (40 + training + sampling + 60) / 60
     console.print(
-        f"make {TRIPLETS} triplets and {SUBJECTS} held-out subjects, train BootPIG on them for {TRAINING_STEPS} steps "
-        f"of {BATCH_SIZE},\nexport it, draw {images} images under each of {len(CONDITIONS)} conditions, and score them."
-        f"\non this machine about {(40 + training + sampling + 60) / 60:.0f} minutes "
-        f"({training / 60:.0f} of them training, {sampling / 60:.0f} drawing)\n"
+        f"{source} and {SUBJECTS} held-out subjects, train BootPIG for {TRAINING_STEPS} steps of\n{BATCH_SIZE}, export "
+        f"it, draw {images} images under each of {len(CONDITIONS)} conditions, and score them.\non this machine about "
+        f"{minutes:.0f} minutes ({training / 60:.0f} of them training, {sampling / 60:.0f} drawing)\n"
     )
 
 

@@ -20,9 +20,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import (
     BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -684,3 +688,28 @@ def test_a_phrase_that_is_never_found_is_dropped_and_counted(tmp_path) -> None:
     report = ShardMaker(config, "cpu").make(0)
     assert report.count == 0
     assert report.rejected == {"no object": 6, "dropped after all attempts": 3}
+
+
+def test_a_run_in_which_nothing_passes_ends_with_the_reasons(tmp_path) -> None:
+    config = config_for(tmp_path, "captions.count=3", "images.steps=1", "quality.min_caption_score=0.99")
+    with pytest.raises(InputError, match=r"not one of the first 3 samples passed: .*'caption score': \d"):
+        generate(config)
+
+
+def test_what_the_safety_checker_blanks_is_rejected(tmp_path) -> None:
+    """A checkpoint with a safety checker, a small random one, whose every concept is made to hold."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {**size, "image_size": 32, "patch_size": 16, "projection_dim": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=size, projection_dim=16))
+    checker.concept_embeds_weights.data.fill_(-1.0)
+    base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "base", dtype=torch.float32)
+    base.register_modules(
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    base.save_pretrained(tmp_path / "model")
+    folder, config = tmp_path / "folder", ImagesConfig(model=str(tmp_path / "model"), size=64, steps=1)
+    write_samples(folder, [Sample("0", "a photo of a mug, on a beach", "mug", 0)])
+    images.draw_images(folder, images.Painter(config, "cpu"), config, lambda _: None)
+    assert read_lines(folder / images.DONE) == [{"key": "0", "unsafe": True}]

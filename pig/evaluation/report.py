@@ -13,8 +13,8 @@ from rich.table import Table
 Scores = Mapping[str, Mapping[str, float]]  # condition -> score -> value
 
 
-def score_table(scores: Scores) -> Table:
-    table = Table(title="held-out subjects, held-out prompts")
+def score_table(scores: Scores, title: str = "held-out subjects, held-out prompts") -> Table:
+    table = Table(title=title)
     table.add_column("condition")
     names = list(next(iter(scores.values())))
     for name in names:
