@@ -32,6 +32,20 @@ class References:
     dropped: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ProjectedReferences:
+    """The same for sampling: keys and values of the references, projected once a step for all branches and images.
+
+    keys, values: layer name -> (P, K, H, M, d); each of the P groups serves equally many samples.
+    plain, branches: `plain` samples at the head of the batch attend to no reference; then (branches, P, images).
+    """
+
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    plain: int = 0
+    branches: int = 1
+
+
 class LastLayerReachedError(Exception):
     """Ends the Reference UNet's forward pass: what lies behind its last `attn1` input serves nobody."""
 
@@ -53,6 +67,22 @@ def reference_self_attention(attn: Attention, f: Tensor, f_ref: Tensor, f_ref_ke
     k = torch.cat([k, k_ref.expand(len(k), -1, -1, -1)], dim=2)  # (B, H, N + M, d)
     v = torch.cat([v, v_ref.expand(len(v), -1, -1, -1)], dim=2)
     return _output(attn, _attend(q, k, v))
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v and log sum exp(q k^T / sqrt(d)): (B, H, N, d) and (B, H, N). Not for training."""
+    if q.device.type in ("cpu", "meta"):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.dtype in (torch.float16, torch.bfloat16):
+        o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    else:
+        o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return o, lse[..., : q.shape[2]]  # some kernels pad it
+
+
+def merge(o: Tensor, lse: Tensor, o_ref: Tensor, lse_ref: Tensor) -> Tensor:
+    """Attention to two sets of keys from the attention to each: a convex combination, weighted by their sums of exp."""
+    return o.lerp(o_ref, (lse_ref - lse).sigmoid()[..., None].to(o.dtype))
 
 
 def pool_references(o: Tensor, o_i: Tensor, pooling: Pooling) -> Tensor:
@@ -92,6 +122,14 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
         super().__init__()
         self.name, self.pooling, self.key_scale = name, pooling, key_scale
 
+    def project(self, attn: Attention, f_ref: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, K, H, M, d) of reference features (P, K, M, C)."""
+        f_ref = f_ref.to(attn.to_k.weight.dtype)
+        f_ref_key = f_ref * self.key_scale if self.key_scale != 1 else f_ref
+        k, v = attn.to_k(f_ref_key), attn.to_v(f_ref)
+        k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(2, 3) for x in (k, v))
+        return k, v
+
     def __call__(
         self,
         attn: Attention,
@@ -99,10 +137,12 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        references: References | None = None,
+        references: References | ProjectedReferences | None = None,
     ) -> Tensor:
         if references is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if isinstance(references, ProjectedReferences):
+            return self.sample(attn, hidden_states, references)
         if self.name not in references.features:
             raise ValueError(f"the references hold no features for layer {self.name!r}")
         f, f_ref = hidden_states, references.features[self.name].to(hidden_states.dtype)
@@ -125,6 +165,40 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
         if len(o_i) == 1:
             return o_i[0]
         return pool_references(self_attention(attn, f), torch.stack(o_i, dim=1), self.pooling)
+
+    def sample(self, attn: Attention, f: Tensor, references: ProjectedReferences) -> Tensor:
+        """RSA with no product done twice: the self part once, each reference part once, merged by their log sums.
+
+        Equal to the above but for rounding, at (1 + K) N^2 in place of (1 + 2 K) N^2.
+        """
+        keys, values = references.keys[self.name], references.values[self.name]  # (P, K, H, M, d)
+        q, k, v = (_heads(attn, project(f)) for project in (attn.to_q, attn.to_k, attn.to_v))  # (B, H, N, d)
+        o, lse = attend_with_lse(q, k, v)
+        plain, o_self, lse_self = o[: references.plain], o[references.plain :], lse[references.plain :]
+
+        # All samples of a group ask the same keys: as one long sequence of queries, so that no key is copied.
+        split = (references.branches, len(keys), -1)
+        asked = q[references.plain :].unflatten(0, split).permute(1, 3, 0, 2, 4, 5)  # (P, H, branches, images, N, d)
+
+        def attend(keys: Tensor, values: Tensor) -> Tensor:
+            """keys, values: (P, H, M, d) -> (B - plain, H, N, d), the self part merged in."""
+            o_ref, lse_ref = attend_with_lse(asked.flatten(2, 4), keys, values)
+            o_ref = o_ref.view(asked.shape).permute(2, 0, 3, 1, 4, 5).flatten(0, 2)
+            lse_ref = lse_ref.reshape(asked.shape[:-1]).permute(2, 0, 3, 1, 4).flatten(0, 2)
+            return merge(o_self, lse_self, o_ref, lse_ref)
+
+        if self.pooling == "concat":
+            merged = attend(*(x.transpose(1, 2).flatten(2, 3) for x in (keys, values)))
+            return _output(attn, torch.cat([plain, merged]))
+        merged_i = [attend(k_i, v_i) for k_i, v_i in zip(keys.unbind(1), values.unbind(1), strict=True)]
+        if len(merged_i) == 1:
+            return _output(attn, torch.cat([plain, merged_i[0]]))
+        o_i = torch.stack([_output(attn, one) for one in merged_i], dim=1)
+        if self.pooling == "mean":
+            pooled = pool_references(o_i[:, 0], o_i, "mean")
+            return torch.cat([_output(attn, plain), pooled])
+        out = _output(attn, o)
+        return torch.cat([out[: len(plain)], pool_references(out[len(plain) :], o_i, self.pooling)])
 
 
 class CollectAttnProcessor:
@@ -159,7 +233,7 @@ class TextAttnProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        references: References | None = None,
+        references: References | ProjectedReferences | None = None,
         collected: dict[str, Tensor] | None = None,
     ) -> Tensor:
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)

@@ -48,6 +48,39 @@ def plain_loops(attn: Attention, f: torch.Tensor, f_ref: torch.Tensor) -> torch.
     return out @ attn.to_out[0].weight.T + attn.to_out[0].bias
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("references", [1, 4])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("images", [1, 3])
+@torch.no_grad()
+def test_sampling_in_one_batch_equals_branch_by_branch(base_unet, pooling, references, groups, images) -> None:
+    """Projected once, merged by log sums, three branches at once: the same as each branch alone by Eq. 3."""
+    net = TwoUNet(base_unet, tiny_like(base_unet), pooling=pooling, reference_key_scale=1.1)
+    generator = torch.Generator().manual_seed(0)
+    count = groups * images
+    latents = torch.randn(count, 4, 8, 8, generator=generator)
+    text, empty = torch.randn(count, 5, 16, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    t = torch.full((count,), 500)
+    reference = torch.randn(groups, references, 4, 8, 8, generator=generator)
+    features = net.encode_reference(reference, t[:groups], text[:groups])
+
+    each = {name: f.repeat_interleave(images, 0) for name, f in features.items()}
+    empty = empty.expand_as(text)
+    expected = [net(latents, t, empty), net(latents, t, empty, each), net(latents, t, text, each)]
+    projected = net.project(features, plain=count, branches=2)
+    found = net(latents.repeat(3, 1, 1, 1), t.repeat(3), torch.cat([empty, empty, text]), projected)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def tiny_like(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The same architecture with other weights."""
+    other = copy.deepcopy(unet)
+    torch.manual_seed(7)
+    for parameter in other.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return other
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_rsa_is_equation_3_and_rsa_of_itself_is_sa(grad) -> None:
     torch.manual_seed(0)

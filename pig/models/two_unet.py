@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pig.attention import (
     LastLayerReachedError,
     Pooling,
+    ProjectedReferences,
     References,
     install_collecting_attention,
     install_reference_attention,
@@ -74,12 +75,19 @@ class TwoUNet(nn.Module):
         # A new dict: gradient checkpointing runs the layers again and would write into this one.
         return {name: f_ref.unflatten(0, (-1, count)) for name, f_ref in collected.items()}
 
+    def project(self, features: Mapping[str, Tensor], *, plain: int, branches: int) -> ProjectedReferences:
+        """Keys and values of reference features (P, K, N, C) for all samples of a sampling step (see the class)."""
+        layers = {name: self.base_unet.get_submodule(name) for name in self.layers}
+        projected = {name: layer.processor.project(layer, features[name]) for name, layer in layers.items()}
+        keys, values = ({name: pair[i] for name, pair in projected.items()} for i in (0, 1))
+        return ProjectedReferences(keys, values, plain, branches)
+
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
         text: Tensor,
-        references: Mapping[str, Tensor] | None = None,
+        references: Mapping[str, Tensor] | ProjectedReferences | None = None,
         *,
         dropped: Tensor | None = None,
     ) -> Tensor:
@@ -89,10 +97,12 @@ class TwoUNet(nn.Module):
             latents: (B, 4, h, w), noised.
             timesteps: (B,) long.
             text: (B, L, D).
-            references: what `encode_reference` returned; features with B = 1 serve all samples.
+            references: what `encode_reference` returned (features with B = 1 serve all samples); or, in sampling, what
+                `project` made of it.
             dropped: (B,) bool, samples whose references are left out.
         """
-        arguments = None if references is None else {"references": References(references, dropped)}
+        given = References(references, dropped) if isinstance(references, Mapping) else references
+        arguments = None if given is None else {"references": given}
         return self.base_unet(latents, timesteps, text, cross_attention_kwargs=arguments).sample
 
     def trainable_parameters(self) -> dict[str, dict[str, nn.Parameter]]:

@@ -124,11 +124,18 @@ class BootPIGPipeline(DiffusionPipeline):
         side = max(height, width)
         self._check_memory(len(prompts), len(per_prompt[0]), num_images_per_prompt, side)
 
-        z_ref = torch.stack([self._encode_references(pictures, side) for pictures in per_prompt])
-        text = self._encode_text(prompts)
-        reference_text = self._encode_text([reference_prompt(one, self.config.reference_caption) for one in prompts])
-        text = text.repeat_interleave(num_images_per_prompt, dim=0)
+        # What the Reference UNet finds depends on pictures and caption: prompts that share both share one pass.
+        asked = [
+            (tuple(map(id, pictures)), reference_prompt(one, self.config.reference_caption))
+            for pictures, one in zip(per_prompt, prompts, strict=True)
+        ]
+        groups = list(dict.fromkeys(asked))
+        z_ref = torch.stack([self._encode_references(per_prompt[asked.index(group)], side) for group in groups])
+        reference_text = self._encode_text([caption for _, caption in groups])
+        group_of_prompt = None if len(groups) in (1, len(prompts)) else [groups.index(one) for one in asked]
+        text = self._encode_text(prompts).repeat_interleave(num_images_per_prompt, dim=0)
         empty = self._encode_text([""]).expand_as(text)
+        conditions = torch.cat([empty, empty, text])
 
         count = len(prompts) * num_images_per_prompt
         factor = vae_scale(self.vae)
@@ -140,14 +147,13 @@ class BootPIGPipeline(DiffusionPipeline):
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             noise_seed = step if reference_noise == "fresh" else 0
             features = self._read_references(z_ref, t, reference_text, noise_seed)
-            if len(prompts) > 1:
-                features = {name: f.repeat_interleave(num_images_per_prompt, 0) for name, f in features.items()}
-                features = {name: torch.cat([f, f]) for name, f in features.items()}
-            ts = t.expand(count)
-            e_uncond = self.model(latents, ts, empty)
-            e_im, e_text_im = self.model(
-                torch.cat([latents, latents]), torch.cat([ts, ts]), torch.cat([empty, text]), features
-            ).chunk(2)
+            if group_of_prompt is not None:
+                features = {name: f[group_of_prompt] for name, f in features.items()}
+            # One batch: e_uncond, which has no references, then e_im and e_text_im, which share theirs.
+            projected = self.model.project(features, plain=count, branches=2)
+            e_uncond, e_im, e_text_im = self.model(
+                latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected
+            ).chunk(3)
             guided = image_text_guidance(e_uncond, e_im, e_text_im, image_guidance, text_guidance)
             latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
 
@@ -155,7 +161,7 @@ class BootPIGPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=to_images(images) if output_type == "pil" else images)
 
     def _read_references(self, z_ref: Tensor, t: Tensor, text: Tensor, noise_seed: int) -> dict[str, Tensor]:
-        """One Reference-UNet pass. z_ref: (P, K, 4, h, w) -> layer name -> (P, K, N, C)."""
+        """One Reference-UNet pass. z_ref: (P, K, 4, h, w), P groups -> layer name -> (P, K, N, C)."""
         if self.config.reference_timestep is not None:
             t = torch.full_like(t, self.config.reference_timestep)
         generator = torch.Generator().manual_seed(noise_seed)
