@@ -7,7 +7,7 @@ WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generated test lint types datagen train eval bench-datagen toyworld-weights clean
+.PHONY: help demo demo-generated test lint types datagen train eval bench-datagen bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -41,6 +41,9 @@ eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` d
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen
+
+bench-sampling: .venv/.ready ## what an image costs, naive, ours and plain: seconds, FLOPs, memory, into runs/bench
+	$(BIN)/python -W ignore -m benchmarks.sampling
 
 toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
 	for stage in vae clip vision dino sam unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done

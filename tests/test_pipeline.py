@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.sampling import PROMPTS as NAIVE_PROMPTS
+from benchmarks.sampling import naive
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
@@ -148,3 +150,27 @@ def test_photographs_of_any_shape_run(pipe, tmp_path: Path) -> None:
     images = draw(pipe, PROMPTS[0], pictures)
     assert images.shape == (1, 3, 64, 64)
     assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_pipeline_draws_what_the_naive_way_draws(cutouts, images) -> None:
+    """`benchmarks/sampling.py` keeps the release's way: image by image, reference by reference, branch by branch."""
+    module = BootPIG("toyworld", reference_caption="object")
+    torch.manual_seed(0)
+    for parameter in module.trainable().values():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    pipe = module.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    expected = naive(pipe, cutouts[:2], steps=2, seeds=list(range(images)))
+    found = pipe(
+        NAIVE_PROMPTS,
+        cutouts[:2],
+        num_inference_steps=2,
+        num_images_per_prompt=images,
+        image_guidance=5.0,
+        text_guidance=1.5,
+        reference_noise="fixed",
+        generator=seeds(*list(range(images)) * len(NAIVE_PROMPTS)),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,209 @@
+"""What an image costs: the naive way, ours, and the plain base model with guidance, in one run and as ratios.
+
+    python -m benchmarks.sampling [--steps 10] [--out runs/bench/sampling.json]
+
+One subject, 5 prompts, 1 or 4 images each, 1 and 4 references, on the toy world; and the FLOPs alone (torch's counter,
+UNets only, on the meta device) at Stable Diffusion 2.1's true size. The naive way is the authors' release's: for every
+image and step one Reference-UNet pass a reference, three Base passes, two of them with 1 + 2 K attention parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pig import diffusion
+from pig.methods.bootpig import BootPIG
+from pig.models.backbone import decode_latents
+from pig.models.two_unet import TwoUNet
+from pig.pipelines import BootPIGPipeline
+from pig.pipelines.guidance import image_text_guidance
+from pig.toyworld import scene
+
+PROMPTS = [f"a photo of a mug, {phrase}" for phrase in list(scene.BACKGROUNDS.values())[:5]]
+SD21 = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+CASES = [("plain", 0, 1), ("plain", 0, 4)] + [
+    (way, references, images) for images in (1, 4) for references in (1, 4) for way in ("naive", "ours")
+]
+
+
+@torch.no_grad()
+def naive(pipeline: BootPIGPipeline, references: list[Any], steps: int, seeds: list[int]) -> Tensor:
+    """The pipeline's pictures with fixed noise and the object's caption, drawn one by one by Eq. 3 and 4."""
+    model, scheduler, images = pipeline.model, pipeline.scheduler, []
+    side = pipeline.base_unet.config.sample_size * 4
+    z_ref = pipeline._encode_references(references, side)
+    empty = pipeline._encode_text([""])
+    for prompt in PROMPTS:
+        text, caption = pipeline._encode_text([prompt]), pipeline._encode_text([prompt.split(",")[0]])
+        for seed in seeds:
+            scheduler.set_timesteps(steps)
+            latents = torch.randn(1, *z_ref.shape[1:], generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(z_ref.shape, generator=torch.Generator().manual_seed(0))
+            for t in scheduler.timesteps:
+                alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1))
+                z_ref_t = diffusion.add_noise(z_ref, noise, alpha, sigma)
+                guided = naive_step(model, latents, z_ref_t, t, text, empty, caption)
+                latents = scheduler.step(guided, t, latents, return_dict=False)[0]
+            images.append(decode_latents(pipeline.vae, latents))
+    return torch.cat(images)
+
+
+def naive_step(
+    model: TwoUNet, latents: Tensor, z_ref_t: Tensor, t: Tensor, text: Tensor, empty: Tensor, caption: Tensor
+) -> Tensor:
+    """One image, one step. z_ref_t: (K, 4, h, w)."""
+    ts = t.view(1)
+    each = [model.encode_reference(z[None, None], ts, caption) for z in z_ref_t]
+    features = {name: torch.cat([one[name] for one in each], dim=1) for name in each[0]}
+    e_uncond, e_im = model(latents, ts, empty), model(latents, ts, empty, features)
+    return image_text_guidance(e_uncond, e_im, model(latents, ts, text, features), 5.0, 1.5)
+
+
+def our_step(
+    model: TwoUNet, latents: Tensor, z_ref_t: Tensor, t: Tensor, text: Tensor, empty: Tensor, caption: Tensor
+) -> Tensor:
+    """One step of all images of a subject, as the pipeline does it."""
+    count = len(latents)
+    features = model.encode_reference(z_ref_t[None], t.view(1), caption)
+    conditions = torch.cat([empty.expand_as(text), empty.expand_as(text), text])
+    projected = model.project(features, plain=count, branches=2)
+    return model(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected)
+
+
+def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any]:
+    """Seconds, FLOPs and peak memory of the toy's pictures, after a warm-up."""
+    pipeline = BootPIG("toyworld", reference_caption="object").pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    drawing = [
+        scene.draw(scene.make_subject(scene.HELD_OUT_SEED, "mug"), "sea", i, 64) for i in range(max(1, references))
+    ]
+    pictures = [Image.fromarray(one.reference()) for one in drawing]
+    seeds = list(range(images))
+
+    @torch.no_grad()
+    def plain(steps: int) -> None:
+        text = pipeline._encode_text(PROMPTS).repeat_interleave(images, 0)
+        both = torch.cat([pipeline._encode_text([""]).expand_as(text), text])
+        pipeline.scheduler.set_timesteps(steps)
+        latents = torch.randn(len(text), 4, 16, 16)
+        for t in pipeline.scheduler.timesteps:
+            e, e_text = pipeline.model(latents.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
+            latents = pipeline.scheduler.step(e + 3 * (e_text - e), t, latents, return_dict=False)[0]
+        for one in latents.split(1):
+            decode_latents(pipeline.vae, one)
+
+    def ours(steps: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for _ in PROMPTS for seed in seeds]
+        options: dict[str, Any] = {"num_images_per_prompt": images, "generator": generators, "output_type": "pt"}
+        guidance = {"image_guidance": 5.0, "text_guidance": 1.5}
+        return pipeline(
+            PROMPTS, pictures, num_inference_steps=steps, reference_noise="fixed", **guidance, **options
+        ).images
+
+    draw: Callable[[int], Any] = {
+        "plain": plain,
+        "ours": ours,
+        "naive": lambda steps: naive(pipeline, pictures, steps, seeds),
+    }[way]
+    draw(1)
+    with FlopCounterMode(display=False) as counter:
+        draw(1)
+        once = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        draw(2)
+        per_step = counter.get_total_flops() - once
+    began = time.perf_counter()
+    draw(steps)
+    count = len(PROMPTS) * images
+    return {
+        "way": way,
+        "references": references,
+        "images": images,
+        "seconds_per_image": (time.perf_counter() - began) / count,
+        "flops_per_image": (once + (steps - 1) * per_step) / count,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+@torch.no_grad()
+def count(way: str, references: int, images: int) -> dict[str, Any]:
+    """FLOPs of one image's step in the UNets at SD 2.1's size, on the meta device."""
+    with torch.device("meta"):
+        model = TwoUNet(UNet2DConditionModel(**SD21), UNet2DConditionModel(**SD21))
+        total = len(PROMPTS) * images
+        latents, text = torch.empty(total, 4, 64, 64), torch.empty(total, 77, 1024)
+        z_ref_t, one = torch.empty(max(1, references), 4, 64, 64), torch.empty(1, 77, 1024)
+        t = torch.empty((), dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            if way == "plain":
+                model(latents.repeat(2, 1, 1, 1), t.expand(2 * total), text.repeat(2, 1, 1))
+            elif way == "ours":
+                our_step(model, latents, z_ref_t, t, text, one, one)
+            else:
+                naive_step(model, latents[:1], z_ref_t, t, text[:1], one, one)
+    flops = counter.get_total_flops() / (1 if way == "naive" else total)
+    return {"way": way, "references": references, "images": images, "flops_per_image": flops, "counted": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/sampling.json"))
+    chosen = parser.parse_args()
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = [pool.apply(measure, (*case, chosen.steps)) for case in CASES]
+    counted = [count(*case) for case in CASES]
+    console = Console()
+    for title, part in (("toy world, measured", rows), ("SD 2.1, counted, UNets, one step", counted)):
+        table = Table(
+            "images", "references", "way", "s/image", "x naive", "GFLOP/image", "x plain", "peak", title=title
+        )
+        by_case = {(row["way"], row["references"], row["images"]): row for row in part}
+        for (way, references, images), row in by_case.items():
+            plain, slow = by_case["plain", 0, images], by_case.get(("naive", references, images))
+            faster = (
+                f"{slow['seconds_per_image'] / row['seconds_per_image']:.2f}"
+                if slow and "seconds_per_image" in row
+                else ""
+            )
+            table.add_row(
+                str(images),
+                str(references),
+                way,
+                f"{row['seconds_per_image']:.3f}" if "seconds_per_image" in row else "",
+                faster,
+                f"{row['flops_per_image'] / 1e9:.1f}",
+                f"{row['flops_per_image'] / plain['flops_per_image']:.2f}",
+                f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else "",
+            )
+        console.print(table)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(
+        json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows + counted}, indent=1)
+    )
+    print(chosen.out)
+
+
+if __name__ == "__main__":
+    main()
