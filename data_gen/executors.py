@@ -105,17 +105,16 @@ def _ray(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport 
         import ray
     except ImportError as error:
         raise InputError("executor=ray needs Ray: pip install 'pig[ray]'") from error
-    gpus = 1 if torch.cuda.is_available() or os.environ.get("RAY_ADDRESS") else 0
-    # RAY_ADDRESS names a cluster; without it Ray starts one on this machine.
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
-        num_cpus=None if os.environ.get("RAY_ADDRESS") else max(config.workers * config.threads, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    if gpus and not ray.cluster_resources().get("GPU"):
-        gpus = 0
+    quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address, **quietly)
+        except ConnectionError as error:
+            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    else:
+        cpus = max(config.workers * config.threads, os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, **quietly)
+    gpus = int(ray.cluster_resources().get("GPU", 0) > 0)  # an actor each
 
     class Maker:
         def __init__(self) -> None:
