@@ -9,6 +9,7 @@ python -m data_gen triplets|subjects|photos --help           draw toy triplets o
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def main() -> None:
         sys.exit(2)
     except (DiskFullError, WorkerDiedError) as error:
         print(f"error: {error}. Finished shards are kept; start again to go on", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left on the disk ({error.filename})", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; finished shards are kept, start again to go on", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,24 +196,32 @@ def settle(config: DatagenConfig) -> None:
     """Claim the output folder for this config: its resolved form is written there, or agrees with what stands there.
 
     Raises:
-        InputError: the folder holds shards of another config; the message shows the difference.
+        InputError: the folder holds shards, or captions, of another config; the message shows the difference.
     """
     out = Path(config.output)
-    kept = out / "datagen.yaml"
+    kept, shards = out / "datagen.yaml", any(out.glob("*.tar"))
     now = asdict(config)
     if kept.exists():
         before, after = flat(OmegaConf.to_container(OmegaConf.load(kept))), flat(now)
-        changed = [
-            f"  {key}: {before.get(key)} -> {after.get(key)}"
+        changed = {
+            key: f"\n  {key}: {before.get(key)} -> {after.get(key)}"
             for key in sorted({*before, *after})
             if before.get(key) != after.get(key) and not key.startswith(PLACE)
-        ]
-        if changed:
+        }
+        of_captions = [key for key in changed if key.startswith(("captions.", "seed"))]
+        if shards and changed:
             raise InputError(
-                f"{out} holds shards of another config; choose another output, or remove it. The difference:\n"
-                + "\n".join(changed)
+                f"{out} holds shards of another config; choose another output, or remove it. The difference:"
+                + "".join(changed.values())
             )
-    elif any(out.glob("*.tar")):
+        if of_captions and any(out.glob("captions.jsonl*")):
+            raise InputError(
+                f"{out} holds captions of another config; choose another output, or remove them. The difference:"
+                + "".join(changed[key] for key in of_captions)
+            )
+        if changed:
+            shutil.rmtree(out / "work", ignore_errors=True)  # half-made, by the other config
+    elif shards:
         raise InputError(f"{out} holds shards of another origin (there is no datagen.yaml); choose another output")
     out.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")

@@ -64,9 +64,10 @@ def _make(number: int) -> ShardReport:
 def _local(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport | None]:
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
-    for worker in range(config.workers):
+    workers = min(config.workers, len(numbers))
+    for worker in range(workers):
         places.put(device_of(worker))
-    pool = ProcessPoolExecutor(config.workers, context, _start, (config, places, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, _start, (config, places, os.getpid()))
     try:
         pending: set[Future[ShardReport]] = {pool.submit(_make, number) for number in numbers}
         while pending:

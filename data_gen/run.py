@@ -49,8 +49,9 @@ def generate(config: DatagenConfig) -> None:
     """
     out = Path(config.output)
     check_device(config)
-    settle(config)
+    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
+        settle(config)
         console.print(plan(config))
         captions = caption_stage.make_captions(out, config.captions, config.seed)
         if len(captions) != config.captions.count:
@@ -152,7 +153,7 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
     """Run the executor under a display of progress over all workers: rate, rejections, time left."""
     out, reports, began = Path(config.output), list[ShardReport](), time.perf_counter()
     sizes = {n: min(config.shards.size, sample_count(config) - n * config.shards.size) for n in missing}
-    total = sum(sizes.values())
+    total, told = sum(sizes.values()), began
     with Live(console=console, refresh_per_second=2, transient=not console.is_terminal) as live:
         for report in execute(config, missing):
             if report is not None:
@@ -175,11 +176,15 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
                 sum(p.get(stage, 0) for stage in STAGES[:3]) / 3 for p in running
             )
             left = (total - steps) * seconds / steps if steps else None
-            live.update(
+            line = (
                 f"shards {len(reports)}/{len(missing)}  samples {min(done, total)}/{total}  "
                 f"pictures {drawn}  rejected {rejected}  {drawn / seconds:.2f} pictures/s  "
                 f"left {'?' if left is None else f'{max(0, left) / 60:.1f} min'}"
             )
+            live.update(line)
+            if not console.is_terminal and time.perf_counter() - told > 30:  # a log file wants lines
+                told = time.perf_counter()
+                print(line, flush=True)
     return reports
 
 
