@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console
@@ -66,6 +67,7 @@ def main() -> None:
     chosen = parser.parse_args()
     out: Path = chosen.out
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
 
     began = time.perf_counter()
     data, triplets = out / "data", chosen.triplets or out / "data/triplets"
