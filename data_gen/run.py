@@ -38,6 +38,8 @@ from pig.errors import InputError
 
 console = Console()
 CARD = "README.md"
+# Of a sample's time, roughly: for the estimate of what is left of unfinished shards.
+TIME_SHARES = {"images": 0.8, "masks": 0.15, "quality": 0.05}
 HOPELESS = 64  # samples tried without one that passes, after which a run ends
 
 
@@ -110,10 +112,14 @@ def plan(config: DatagenConfig) -> Table:
         "masks by": masker(config),
         "judged by": config.quality.clip,
         "workers": f"{config.workers} ({config.executor}, {device_of(0).split(':')[0]})",
-        "disk": f"about {disk / 1e9:.2f} GB, and {work / 1e9:.2f} GB while at work",
+        "disk": f"about {size_of(disk)}, and {size_of(work)} while at work",
     }.items():
         table.add_row(name, value)
     return table
+
+
+def size_of(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def estimate(config: DatagenConfig) -> tuple[float, float]:
@@ -173,7 +179,7 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
             rejected = sum(sum(r.rejected.values()) for r in reports) + sum(p.get("rejected", 0) for p in running)
             seconds = time.perf_counter() - began
             steps = sum(sizes[n] for n in finished) + sum(
-                sum(p.get(stage, 0) for stage in STAGES[:3]) / 3 for p in running
+                sum(p.get(stage, 0) * share for stage, share in TIME_SHARES.items()) for p in running
             )
             left = (total - steps) * seconds / steps if steps else None
             line = (

@@ -277,6 +277,24 @@ def test_a_sample_looks_the_same_in_any_batch() -> None:
         assert np.abs(np.asarray(alone, float) - np.asarray(picture, float)).max() <= 1
 
 
+def test_compiled_models_give_the_same() -> None:
+    config = load_config(CONFIG, ["images.steps=2", "images.compile=true", "masks.compile=true"])
+    rows = [Sample(str(i), f"a photo of a {noun}, on a beach", noun, i) for i, noun in enumerate(("mug", "car"))]
+    painter = images.Painter(config.images, "cpu")
+    compiled, _ = painter.draw(rows)
+    plain, _ = images.Painter(replace(config.images, compile=False), "cpu").draw(rows)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max() <= 1
+    pictures = [Image.fromarray(scene.draw(scene.make_subject(seed), "beach", seed, 64).image) for seed in range(2)]
+    nouns = [scene.make_subject(seed).category for seed in range(2)]
+    found = masks.make_segmenter(config.masks, "cpu").find(pictures, nouns)
+    expected = masks.make_segmenter(replace(config.masks, compile=False), "cpu").find(pictures, nouns)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.mask is not None
+        assert theirs.mask is not None
+        assert (ours.mask != theirs.mask).mean() < 0.01
+
+
 def test_the_toy_sam_finds_held_out_objects() -> None:
     """At least 0.85 mean IoU (the card's figure, on 300 scenes, is higher)."""
     sam, overlaps = load_sam("toyworld"), []
