@@ -80,9 +80,11 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/datagen/toyworld.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value", help="over the config: captions.count=1000")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and how long it would take here")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     overrides = [word for word in chosen.words if "=" in word]
     folders = [Path(word) for word in chosen.words if "=" not in word]
+    if stage and chosen.dry_run:
+        raise InputError("--dry-run is for the whole chain, not for one stage")
     if len(folders) > bool(stage):
         raise InputError(f"expected key=value, got {folders[-1]}")
     config = load_config(chosen.config, overrides)

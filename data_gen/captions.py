@@ -7,17 +7,20 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
+from yaml import YAMLError
 
 from data_gen.config import CaptionsConfig
+from data_gen.samples import write_lines
 from pig.errors import InputError
 from pig.toyworld import scene
 
@@ -92,12 +95,15 @@ def _toy_sentences() -> list[tuple[str, str, bool]]:
 def _listed_sentences(file: Path) -> list[tuple[str, str, bool]]:
     try:
         lists: Any = OmegaConf.to_container(OmegaConf.load(file))
-        objects, scenes = dict.fromkeys(map(str, lists["objects"])), dict.fromkeys(map(str, lists["scenes"]))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        objects, scenes = lists["objects"], lists["scenes"]
+        for words in (objects, scenes):
+            if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+                raise ValueError("each must be a list of words")
+    except (OSError, KeyError, TypeError, ValueError, YAMLError) as error:
         raise InputError(f"captions.lists={file}: expected YAML with the lists `objects` and `scenes` ({error})") from (
             error
         )
-    return [(object_, where, False) for object_ in objects for where in scenes]
+    return [(object_, where, False) for object_ in dict.fromkeys(objects) for where in dict.fromkeys(scenes)]
 
 
 def _article(noun: str) -> str:
@@ -121,8 +127,9 @@ class ChatCaptioner:
             raise InputError(f"captions.captioner=chat needs a key in the environment variable {config.api_key_env}")
         self.model, self.temperature, self.errors = config.model, config.temperature, openai.OpenAIError
         self.server = config.base_url or "the client's default server"
+        self.key = key or "none"
         self.client = openai.OpenAI(
-            api_key=key or "none", base_url=config.base_url, timeout=config.timeout, max_retries=config.retries
+            api_key=self.key, base_url=config.base_url, timeout=config.timeout, max_retries=config.retries
         )
 
     def ask(self, count: int, call: int) -> str:
@@ -132,18 +139,20 @@ class ChatCaptioner:
                 messages=[{"role": "user", "content": PROMPT.format(count=count)}],
                 temperature=self.temperature,
             )
+            return str(reply.choices[0].message.content or "")
         except self.errors as error:
             raise InputError(
                 f"the caption server ({self.server}, model {self.model}) does not answer: {type(error).__name__}: "
-                f"{_without_keys(str(error))}. The captions that came are kept; start again to go on"
+                f"{str(error).replace(self.key, '...')}. The captions that came are kept; start again to go on"
             ) from None
-        return (reply.choices[0].message.content if reply.choices else None) or ""
+        except (ValueError, AttributeError, TypeError, IndexError):  # a page, torn JSON, no message in it
+            return ""
 
 
 class LocalCaptioner:
     """A language model by transformers, from a folder or the hub; one seed a call."""
 
-    def __init__(self, config: CaptionsConfig) -> None:
+    def __init__(self, config: CaptionsConfig, seed: int) -> None:
         from transformers import pipeline
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,13 +160,13 @@ class LocalCaptioner:
             self.generator = pipeline("text-generation", model=config.model, device=device, dtype="auto")
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"cannot load captions.model={config.model!r}: {str(error).splitlines()[0]}") from error
-        self.temperature = config.temperature
+        self.temperature, self.seed = config.temperature, seed
 
     def ask(self, count: int, call: int) -> str:
         prompt: Any = PROMPT.format(count=count)
         if self.generator.tokenizer.chat_template:
             prompt = [{"role": "user", "content": prompt}]
-        torch.manual_seed(call)
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, call]).generate_state(1)[0]))
         reply = self.generator(
             prompt, do_sample=True, temperature=self.temperature, max_new_tokens=50 * count, return_full_text=False
         )
@@ -180,6 +189,7 @@ class Collection:
     """
 
     def __init__(self, count: int, max_object_share: float, captions: list[Caption]) -> None:
+        self.calls = 0  # made so far, by all starts
         self.count, self.limit = count, max(1, round(count * max_object_share))
         self.captions: list[Caption] = []
         self.seen: set[tuple[str, ...]] = set()
@@ -205,6 +215,8 @@ class Collection:
     def add_reply(self, reply: str) -> list[Caption]:
         """The new ones among a reply's lines."""
         new = []
+        if not reply.strip():
+            self.rejected["empty reply"] += 1
         for line in filter(str.strip, reply.splitlines()):
             caption = parse(line)
             if caption is None:
@@ -224,20 +236,26 @@ def collect(captioner: Captioner, collection: Collection, config: CaptionsConfig
     Raises:
         InputError: the server refuses, or many replies in a row hold nothing new.
     """
-    idle = calls = 0
+    idle = 0
     parallel = config.parallel_calls if config.captioner == "chat" else 1
     with ThreadPoolExecutor(parallel) as pool:
         pending: set[Future[str]] = set()
         try:
             while collection.missing:
                 while len(pending) < min(parallel, -(-collection.missing // config.per_call)):
-                    pending.add(pool.submit(captioner.ask, config.per_call, calls))
-                    calls += 1
+                    pending.add(pool.submit(captioner.ask, config.per_call, collection.calls))
+                    collection.calls += 1
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                failed = [future for future in done if future.exception()]
+                if failed:  # what other calls bring is kept
+                    done, pending = done | wait(pending).done, set()
                 for future in done:
-                    new = collection.add_reply(future.result())
-                    idle = 0 if new else idle + 1
-                    yield from new
+                    if future.exception() is None:
+                        new = collection.add_reply(future.result())
+                        idle = 0 if new else idle + 1
+                        yield from new
+                if failed:
+                    failed[0].result()
                 if idle >= IDLE_CALLS and collection.missing:
                     raise InputError(
                         f"{idle} replies in a row held no new caption ({collection.missing} still missing; rejected: "
@@ -253,10 +271,6 @@ def _noun(object_: str) -> str:
     return object_.lower().split()[-1].rstrip("s")
 
 
-def _without_keys(text: str) -> str:
-    return re.sub(r"(sk-|Bearer )\S+", r"\1...", text)
-
-
 # -- the stage --------------------------------------------------------------------------------------------------------
 
 
@@ -267,24 +281,31 @@ def make_captions(out: Path, config: CaptionsConfig, seed: int) -> list[Caption]
         return read_captions(file)
     out.mkdir(parents=True, exist_ok=True)
     if config.captioner == "grammar":
-        captions: list[Caption] = grammar_captions(config, seed)
-        rejected = Counter[str]()
-        part.write_text("".join(json.dumps(asdict(caption)) + "\n" for caption in captions))
+        captions = grammar_captions(config, seed)
+        write_lines(part, map(asdict, captions))
+        _write_stats(out, 0, {})
     else:
-        kept = read_captions(part) if part.exists() else []
-        collection = Collection(config.count, config.max_object_share, kept)
-        captioner: Captioner = ChatCaptioner(config) if config.captioner == "chat" else LocalCaptioner(config)
-        part.write_text("".join(json.dumps(asdict(caption)) + "\n" for caption in collection.captions))
+        collection = Collection(config.count, config.max_object_share, read_captions(part) if part.exists() else [])
+        if (out / STATS).exists():
+            before = json.loads((out / STATS).read_text())
+            collection.calls, collection.rejected = before["calls"], Counter(before["rejected"])
+        captioner: Captioner = ChatCaptioner(config) if config.captioner == "chat" else LocalCaptioner(config, seed)
+        write_lines(part, map(asdict, collection.captions))
         progress = tqdm(total=config.count, initial=len(collection.captions), desc="captions", unit="caption")
         with part.open("a") as stream, progress:
             for caption in collect(captioner, collection, config):
                 stream.write(json.dumps(asdict(caption)) + "\n")
                 stream.flush()
                 progress.update()
-        captions, rejected = collection.captions, collection.rejected
-    (out / STATS).write_text(json.dumps({"count": len(captions), "rejected": rejected}, indent=1, sort_keys=True))
+                _write_stats(out, collection.calls, collection.rejected)
+        captions = collection.captions
+        _write_stats(out, collection.calls, collection.rejected)
     part.rename(file)
     return captions
+
+
+def _write_stats(out: Path, calls: int, rejected: Mapping[str, int]) -> None:
+    write_lines(out / STATS, [{"calls": calls, "rejected": rejected}])
 
 
 def read_captions(file: Path) -> list[Caption]:

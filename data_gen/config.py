@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from pig.errors import InputError
 
@@ -94,6 +95,21 @@ class CardConfig:
     image_terms: str = "not stated"
 
 
+def captioner(config: CaptionsConfig) -> str:
+    """Who writes the captions, for plan, card and metadata."""
+    return config.captioner if config.captioner == "grammar" else f"{config.model} ({config.captioner})"
+
+
+def masker(config: MasksConfig) -> str:
+    """Who finds the masks: the method, and the models that it uses."""
+    used = {
+        "automatic": (config.sam, config.clip),
+        "grounded": (config.detector, config.sam),
+        "sam3": (config.detector,),
+    }
+    return " + ".join([config.method, *map(str, used[config.method])])
+
+
 @dataclass
 class DatagenConfig:
     output: str = MISSING
@@ -123,6 +139,10 @@ POSITIVE = (
     *("masks.batch_size", "masks.points_per_side", "quality.batch_size"),
 )
 SHARES = ("captions.max_object_share", "quality.min_area", "quality.max_area", "quality.min_largest_part")
+AT_LEAST_0 = (
+    *("seed", "captions.timeout", "captions.retries", "captions.temperature", "images.guidance"),
+    *("quality.border", "masks.threshold"),
+)
 NEEDED = {  # by a choice made above
     ("captions.captioner", "chat"): ("captions.model",),
     ("captions.captioner", "local"): ("captions.model",),
@@ -153,7 +173,7 @@ def load_config(file: Path, overrides: list[str]) -> DatagenConfig:
         raise InputError(f"unknown key {key!r} in {file} or on the command line{hint}") from error
     except InputError:
         raise
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{file}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, DatagenConfig)
     _check(config)
@@ -184,12 +204,30 @@ def _check(config: DatagenConfig) -> None:
     for key in SHARES:
         if not 0 < values[key] <= 1:
             raise InputError(f"{key} is a share, above 0 and at most 1; got {values[key]}")
+    for key in AT_LEAST_0:
+        if not values[key] >= 0:  # nan is not, either
+            raise InputError(f"{key} must be at least 0, got {values[key]}")
+    if config.quality.min_area >= config.quality.max_area:
+        raise InputError(f"quality.min_area={config.quality.min_area} must be below quality.max_area")
+    if "@" in (config.captions.base_url or ""):
+        raise InputError(
+            f"captions.base_url holds a name or password, which would be written beside the data; put a key into the "
+            f"environment variable {config.captions.api_key_env} instead"
+        )
     for (choice, value), keys in NEEDED.items():
         for key in keys:
             if values[choice] == value and values[key] is None:
                 raise InputError(f"{choice}={value} needs {key}")
     if config.images.size % 8:
         raise InputError(f"images.size must be divisible by 8, got {config.images.size}")
+
+
+def claim(output: Path) -> None:
+    """Make the output folder. Raises InputError where that cannot be."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make output={output}: {error.strerror}; choose another folder") from error
 
 
 def settle(config: DatagenConfig) -> None:
@@ -223,7 +261,6 @@ def settle(config: DatagenConfig) -> None:
             shutil.rmtree(out / "work", ignore_errors=True)  # half-made, by the other config
     elif shards:
         raise InputError(f"{out} holds shards of another origin (there is no datagen.yaml); choose another output")
-    out.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")
     part.write_text(OmegaConf.to_yaml(OmegaConf.create(now)))
     part.rename(kept)

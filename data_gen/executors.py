@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -102,6 +104,7 @@ def quiet() -> None:
 
 
 def _ray(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport | None]:
+    config = replace(config, output=str(Path(config.output).absolute()))  # an actor has a working folder of its own
     try:
         import ray
     except ImportError as error:
@@ -110,12 +113,19 @@ def _ray(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport 
     if address := os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address, **quietly)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
     else:
         cpus = max(config.workers * config.threads, os.cpu_count() or 1)
         ray.init(num_cpus=cpus, include_dashboard=False, **quietly)
-    gpus = int(ray.cluster_resources().get("GPU", 0) > 0)  # an actor each
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0) > 0)  # an actor each
+    places = int(resources["GPU"] if gpus else resources.get("CPU", 0) // config.threads)
+    if config.workers > places:
+        ray.shutdown()
+        raise InputError(
+            f"workers={config.workers}, but Ray has room for {places} ({'a GPU' if gpus else 'threads CPUs'} each)"
+        )
 
     class Maker:
         def __init__(self) -> None:

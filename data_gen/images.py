@@ -36,10 +36,13 @@ class Painter:
         self.pipeline.to(device).set_progress_bar_config(disable=True)
         if config.compile:
             core = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
-            core.compile_repeated_blocks()
+            core.compile_repeated_blocks(dynamic=False)
 
     def draw(self, samples: Sequence[Sample]) -> tuple[list[Image.Image], list[bool]]:
         """Pictures, and for each whether the checkpoint's safety checker, if it has one, blanked it."""
+        count = len(samples)
+        if self.config.compile:  # one shape for all batches: which kernels run must not depend on what ran before
+            samples = [*samples, *[samples[-1]] * (self.config.batch_size - count)]
         out = self.pipeline(
             [sample.caption for sample in samples],
             height=self.config.size,
@@ -48,7 +51,8 @@ class Painter:
             guidance_scale=self.config.guidance,
             generator=[torch.Generator().manual_seed(sample.seed) for sample in samples],
         )
-        return out.images, getattr(out, "nsfw_content_detected", None) or [False] * len(samples)
+        unsafe = getattr(out, "nsfw_content_detected", None) or [False] * count
+        return out.images[:count], unsafe[:count]
 
 
 def draw_images(folder: Path, painter: Painter, config: ImagesConfig, report: Report) -> None:

@@ -20,6 +20,7 @@ from pig.data.grids import labelled_grid
 from pig.data.schema import Triplet
 from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, read_shard
 from pig.data.transforms import reference_picture
+from pig.errors import InputError
 
 SHEET = 24  # triplets on the contact sheet
 
@@ -30,6 +31,8 @@ def inspect(folder: Path, out: Path) -> None:
     Raises:
         InputError: there is no shard in the folder.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of shards")
     shards, left_out = find_shards(str(folder))
     total = sum(shard.stats.count for shard in shards)
     chosen = set(np.linspace(0, total - 1, min(SHEET, total)).round().astype(int).tolist())
@@ -43,6 +46,8 @@ def inspect(folder: Path, out: Path) -> None:
             scores.setdefault(name, []).append(float(value))
         if index in chosen:
             shown.append(row)
+    if not shown:
+        raise InputError(f"no triplet of {folder} can be read: {'; '.join(bad[:3])}")
     out.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(shown)
     sheet.save(out / "inspect.png")

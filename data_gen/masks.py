@@ -47,7 +47,7 @@ class AutomaticMasks:
     """SAM's automatic masks; of these the one whose cut-out CLIP finds most like the phrase. Needs no detector."""
 
     def __init__(self, config: MasksConfig, device: str) -> None:
-        self.sam, self.dtype = _sam(config, device)
+        self.sam = BatchedSam(config, device)
         self.clip = load_clip(str(config.clip), device)
         self.settings = {
             "points_per_side": config.points_per_side,
@@ -57,11 +57,11 @@ class AutomaticMasks:
 
     def find(self, images: Sequence[Image.Image], phrases: Sequence[str]) -> list[Found]:
         arrays = [np.asarray(image) for image in images]
-        features = encode(self.sam, arrays, self.dtype)
+        features = self.sam.encode(arrays)
         texts = self.clip.texts([f"a photo of a {phrase}" for phrase in phrases])
         found = []
         for array, feature, text in zip(arrays, features, texts, strict=True):
-            masks = [mask.mask for mask in automatic_masks(self.sam, feature[None], array, **self.settings)]
+            masks = [mask.mask for mask in automatic_masks(self.sam.model, feature[None], array, **self.settings)]
             masks = [mask for mask in masks if mask.any() and not is_background(mask)]
             if masks:
                 scores = self.clip.images([cut(array, mask) for mask in masks]) @ text
@@ -79,7 +79,7 @@ class GroundedMasks:
         from transformers import AutoModelForZeroShotObjectDetection
 
         self.model, self.processor = _detector(AutoModelForZeroShotObjectDetection, config, device)
-        self.sam, self.dtype = _sam(config, device)
+        self.sam = BatchedSam(config, device)
         self.threshold = config.threshold
 
     @torch.no_grad()
@@ -91,12 +91,12 @@ class GroundedMasks:
         boxes = self.processor.post_process_grounded_object_detection(
             outputs, inputs.input_ids, threshold=self.threshold, text_threshold=self.threshold, target_sizes=sizes
         )
-        features = encode(self.sam, [np.asarray(image) for image in images], self.dtype)
+        features = self.sam.encode([np.asarray(image) for image in images])
         found = []
         for box, feature, size in zip(boxes, features, sizes, strict=True):
             if len(box["scores"]):
                 best = int(box["scores"].argmax())
-                mask = masks_in_box(self.sam, feature[None], size, box["boxes"][best].tolist())[0]
+                mask = masks_in_box(self.sam.model, feature[None], size, box["boxes"][best].tolist())[0]
                 found.append(Found(mask.mask, float(box["scores"][best])))
             else:
                 found.append(NOTHING)
@@ -134,11 +134,19 @@ def is_background(mask: np.ndarray) -> bool:
     return sum(bool(side.any()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) >= 3
 
 
-def _sam(config: MasksConfig, device: str) -> tuple[Any, torch.dtype]:
-    sam = load_sam(str(config.sam), device)
-    if config.compile:
-        sam.image_encoder.compile()
-    return sam, torch.bfloat16 if device.startswith("cuda") else torch.float32
+class BatchedSam:
+    """SAM and its encoder's settings: bf16 on GPUs; compiled for one shape of batch, to which batches are filled up."""
+
+    def __init__(self, config: MasksConfig, device: str) -> None:
+        self.model = load_sam(str(config.sam), device)
+        self.dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        self.fill_up_to = config.batch_size if config.compile else 0
+        if config.compile:
+            self.model.image_encoder.compile(dynamic=False)
+
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        filled = [*images, *[images[-1]] * (self.fill_up_to - len(images))]
+        return encode(self.model, filled, self.dtype)[: len(images)]
 
 
 def _detector(kind: Any, config: MasksConfig, device: str) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from data_gen import captions as caption_stage
-from data_gen.config import DatagenConfig, settle
+from data_gen.config import DatagenConfig, captioner, claim, masker, settle
 from data_gen.executors import device_of, execute
 from data_gen.samples import Sample, write_samples
 from data_gen.shards import (
@@ -31,6 +31,7 @@ from data_gen.shards import (
     sample_count,
     seed_of,
     shard_count,
+    shard_size,
     tar_of,
 )
 from pig.data.shards import ShardStats, sha256_of, stats_path
@@ -51,19 +52,18 @@ def generate(config: DatagenConfig) -> None:
     """
     out = Path(config.output)
     check_device(config)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     with locked(out):
         settle(config)
         console.print(plan(config))
-        captions = caption_stage.make_captions(out, config.captions, config.seed)
-        if len(captions) != config.captions.count:
-            raise InputError(f"{out / caption_stage.FILE} has {len(captions)} captions, not {config.captions.count}")
-        missing = [number for number in range(shard_count(config)) if not complete(out, number)]
+        caption_stage.make_captions(out, config.captions, config.seed)
+        missing = [number for number in range(shard_count(config)) if not complete(config, number)]
         if missing:
             check_models(config)
             reports = make_shards(config, missing)
             console.print(speed_table(config, reports))
         shutil.rmtree(out / "work", ignore_errors=True)
+        refuse_if_hopeless(config)
         write_card(config)
     stats = all_stats(config)
     console.print(
@@ -87,13 +87,20 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def complete(out: Path, number: int) -> bool:
-    """Whether a shard has its stats, and the tar the bytes that they name. A torn one does not."""
-    tar = tar_of(out, number)
+def stats_of(config: DatagenConfig, number: int) -> ShardStats | None:
+    """What stands beside a shard; None where nothing readable does."""
     try:
-        stats = ShardStats(**json.loads(Path(stats_path(str(tar))).read_text()))
-        return tar.stat().st_size == stats.bytes and sha256_of(tar) == stats.sha256
+        return ShardStats(**json.loads(Path(stats_path(str(tar_of(Path(config.output), number)))).read_text()))
     except (OSError, ValueError, TypeError):
+        return None
+
+
+def complete(config: DatagenConfig, number: int) -> bool:
+    """Whether a shard has its stats, and the tar the bytes that they name. A torn one does not."""
+    tar, stats = tar_of(Path(config.output), number), stats_of(config, number)
+    try:
+        return stats is not None and tar.stat().st_size == stats.bytes and sha256_of(tar) == stats.sha256
+    except OSError:
         return False
 
 
@@ -107,9 +114,9 @@ def plan(config: DatagenConfig) -> Table:
     for name, value in {
         "samples": f"{samples} ({config.captions.count} captions, {config.images.per_caption} pictures of each)",
         "shards": f"{shard_count(config)} of {config.shards.size} in {config.output}",
-        "captions by": captioner(config),
+        "captions by": captioner(config.captions),
         "pictures by": f"{config.images.model}, {size} px, {config.images.steps} steps",
-        "masks by": masker(config),
+        "masks by": masker(config.masks),
         "judged by": config.quality.clip,
         "workers": f"{config.workers} ({config.executor}, {device_of(0).split(':')[0]})",
         "disk": f"about {size_of(disk)}, and {size_of(work)} while at work",
@@ -145,6 +152,8 @@ def dry_run(config: DatagenConfig) -> None:
     """Print the plan and, where the models can be loaded here, the time that a real batch makes one expect."""
     console.print(plan(config))
     check_device(config)
+    if config.captions.captioner == "grammar":
+        caption_stage.grammar_captions(config.captions, config.seed)  # refused if there are too few
     try:
         seconds, rejected = estimate(config)
         console.print(
@@ -158,25 +167,19 @@ def dry_run(config: DatagenConfig) -> None:
 def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardReport]:
     """Run the executor under a display of progress over all workers: rate, rejections, time left."""
     out, reports, began = Path(config.output), list[ShardReport](), time.perf_counter()
-    sizes = {n: min(config.shards.size, sample_count(config) - n * config.shards.size) for n in missing}
+    sizes = {number: shard_size(config, number) for number in missing}
     total, told = sum(sizes.values()), began
     with Live(console=console, refresh_per_second=2, transient=not console.is_terminal) as live:
         for report in execute(config, missing):
             if report is not None:
                 reports.append(report)
-                tried = sum(sizes[done.number] for done in reports)
-                if tried >= min(HOPELESS, total) and not any(done.count for done in reports):
-                    reasons = dict(sum((Counter(done.rejected) for done in reports), Counter[str]()))
-                    raise InputError(
-                        f"not one of the first {tried} samples passed: {reasons}. Look at masks.* and quality.* in the "
-                        f"config (`no object`: the phrase was not found), and try them out in another output"
-                    )
+                refuse_if_hopeless(config)
             finished = {done.number for done in reports}
             running = [read_progress(out, number) for number in missing if number not in finished]
             # Quality comes last; a sample drawn again is counted again, so the share is capped by the shard's size.
             done = sum(sizes[n] for n in finished) + sum(progress.get("quality", 0) for progress in running)
             drawn = sum(r.drawn for r in reports) + sum(progress.get("images", 0) for progress in running)
-            rejected = sum(sum(r.rejected.values()) for r in reports) + sum(p.get("rejected", 0) for p in running)
+            rejected = sum(r.drawn - r.count for r in reports) + sum(p.get("rejected", 0) for p in running)
             seconds = time.perf_counter() - began
             steps = sum(sizes[n] for n in finished) + sum(
                 sum(p.get(stage, 0) * share for stage, share in TIME_SHARES.items()) for p in running
@@ -194,28 +197,30 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
     return reports
 
 
+def refuse_if_hopeless(config: DatagenConfig) -> None:
+    """Raise InputError, with the reasons, once enough samples were tried and not one has passed."""
+    stats = {number: found for number in range(shard_count(config)) if (found := stats_of(config, number))}
+    tried = sum(shard_size(config, number) for number in stats)
+    if tried >= min(HOPELESS, sample_count(config)) and not any(shard.count for shard in stats.values()):
+        reasons = dict(sum((Counter(shard.rejected) for shard in stats.values()), Counter[str]()))
+        raise InputError(
+            f"not one of the first {tried} samples passed: {reasons}. Look at masks.* and quality.* in the config (`no "
+            "object`: the phrase was not found), and try them out in another output"
+        )
+
+
 def speed_table(config: DatagenConfig, reports: Sequence[ShardReport]) -> Table:
     """Pictures a second of each stage, over all workers."""
     table = Table("stage", "seconds of work", "samples/s, all workers", title="speed")
-    drawn = sum(report.drawn for report in reports)
+    drawn, workers = sum(report.drawn for report in reports), min(config.workers, len(reports))
     for stage in STAGES:
         seconds = sum(report.seconds.get(stage, 0.0) for report in reports)
-        table.add_row(stage, f"{seconds:.1f}", f"{drawn / seconds * config.workers:.1f}" if seconds else "-")
+        table.add_row(stage, f"{seconds:.1f}", f"{drawn / seconds * workers:.1f}" if seconds else "-")
     return table
 
 
 def all_stats(config: DatagenConfig) -> list[ShardStats]:
-    out = Path(config.output)
-    paths = [Path(stats_path(str(tar_of(out, number)))) for number in range(shard_count(config))]
-    return [ShardStats(**json.loads(path.read_text())) for path in paths]
-
-
-def captioner(config: DatagenConfig) -> str:
-    return config.captions.model or config.captions.captioner
-
-
-def masker(config: DatagenConfig) -> str:
-    return " + ".join(filter(None, (config.masks.method, config.masks.detector, config.masks.sam, config.masks.clip)))
+    return [stats for number in range(shard_count(config)) if (stats := stats_of(config, number))]
 
 
 def markdown_table(head: tuple[str, str], rows: Mapping[str, object]) -> str:
@@ -232,9 +237,10 @@ def write_card(config: DatagenConfig) -> None:
     dropped = rejected.pop("dropped after all attempts", 0)
     caption_rejects = json.loads((out / caption_stage.STATS).read_text())["rejected"]
     facts = {
-        "captions": f"{config.captions.count}, by {captioner(config)}; {config.images.per_caption} pictures of each",
+        "captions": f"{config.captions.count}, by {captioner(config.captions)}",
+        "pictures of each": config.images.per_caption,
         "pictures": f"{config.images.model}, {config.images.steps} steps, guidance {config.images.guidance}",
-        "masks": masker(config),
+        "masks": masker(config.masks),
         "judged by": config.quality.clip,
         "seeds": f"{config.seed}; each sample's own from it, its index and the attempt",
         f"samples dropped after {config.shards.attempts} attempts": dropped,
@@ -257,10 +263,17 @@ def write_card(config: DatagenConfig) -> None:
 
 
 def stage_alone(stage: str, config: DatagenConfig, folder: Path | None = None) -> None:
-    """One stage, from disk to disk: `captions` into `config.output`, the others on a folder with `samples.jsonl`."""
+    """One stage, from disk to disk: `captions` into `config.output`, the others on a folder with `samples.jsonl`.
+
+    `shards` packs the folder as the one shard of a new `config.output`.
+    """
+    out = Path(config.output)
     if stage == "captions":
-        made = caption_stage.make_captions(Path(config.output), config.captions, config.seed)
-        console.print(f"{len(made)} captions -> {Path(config.output) / caption_stage.FILE}")
+        claim(out)
+        with locked(out):
+            settle(config)
+            made = caption_stage.make_captions(out, config.captions, config.seed)
+        console.print(f"{len(made)} captions -> {out / caption_stage.FILE}")
         return
     if folder is None:
         raise InputError(
@@ -268,8 +281,11 @@ def stage_alone(stage: str, config: DatagenConfig, folder: Path | None = None) -
         )
     maker = ShardMaker(config, device_of(0))
     if stage == "shards":
+        if any(out.glob("*.tar")):
+            raise InputError(f"{out} holds shards already; choose another output")
+        claim(out)
         report = maker.pack(folder)
-        console.print(f"{report.count} triplets -> {tar_of(Path(config.output), 0)}; rejected: {report.rejected}")
+        console.print(f"{report.count} triplets -> {tar_of(out, 0)}; rejected: {report.rejected}")
         return
     maker.run_stage(stage, folder, lambda _: None)
     console.print(f"{stage} done in {folder}")

@@ -58,7 +58,10 @@ def read_samples(folder: Path) -> list[Sample]:
     """Raises InputError where the file is missing or a line lacks an entry."""
     rows = read_lines(folder / "samples.jsonl")
     try:
-        return [Sample(**row) for row in rows]
+        samples = [Sample(**row) for row in rows]
+        if not all(isinstance(sample.seed, int) for sample in samples):
+            raise TypeError("a seed is a whole number")
+        return samples
     except TypeError as error:
         raise InputError(
             f"{folder / 'samples.jsonl'}: each line needs key, caption, object and seed ({error})"

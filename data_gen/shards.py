@@ -21,7 +21,7 @@ from PIL import Image
 
 from data_gen import images, masks, quality
 from data_gen.captions import FILE, Caption, read_captions
-from data_gen.config import DatagenConfig
+from data_gen.config import DatagenConfig, captioner, masker
 from data_gen.errors import DiskFullError
 from data_gen.samples import Sample, read_lines, read_samples, write_lines, write_samples
 from pig.data.schema import Triplet
@@ -60,11 +60,14 @@ def shard_count(config: DatagenConfig) -> int:
     return -(-sample_count(config) // config.shards.size)
 
 
+def shard_size(config: DatagenConfig, number: int) -> int:
+    return min(config.shards.size, sample_count(config) - number * config.shards.size)
+
+
 def samples_of(config: DatagenConfig, captions: Sequence[Caption], number: int) -> list[tuple[int, Caption]]:
     """Index and caption of the samples of a shard. Neighbours have different captions."""
     first = number * config.shards.size
-    last = min(first + config.shards.size, sample_count(config))
-    return [(index, captions[index % len(captions)]) for index in range(first, last)]
+    return [(i, captions[i % len(captions)]) for i in range(first, first + shard_size(config, number))]
 
 
 def seed_of(config: DatagenConfig, index: int, attempt: int) -> int:
@@ -141,6 +144,7 @@ class ShardMaker:
             ]
             if not (folder / "samples.jsonl").exists():
                 write_samples(folder, samples)
+            _ = self.painter, self.segmenter, self.clip  # loading is none of the stages' time
             for stage in STAGES[:3]:
                 with clock(report.seconds, stage):
                     self.run_stage(stage, folder, progress.stepped(stage))
@@ -173,9 +177,9 @@ class ShardMaker:
     def _triplets(self, keys: Sequence[str], accepted: dict[str, tuple[Path, dict[str, Any]]]) -> Iterator[Triplet]:
         config = self.config
         models = {
-            "caption": config.captions.model or config.captions.captioner,
+            "caption": captioner(config.captions),
             "image": config.images.model,
-            "mask": " + ".join(filter(None, (config.masks.method, config.masks.detector, config.masks.sam))),
+            "mask": masker(config.masks),
         }
         samples = {
             (folder, sample.key): sample
