@@ -24,15 +24,16 @@ import jsonargparse
 import torch
 import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from safetensors import SafetensorError
 
 from pig.data.images import Job, save_generated
 from pig.data.modules import TripletDataModule
 from pig.data.subjects import SubjectFolder, load_cutout, read_subjects
 from pig.errors import InputError
 from pig.evaluation.benchmark import score_folder
-from pig.methods.base import PersonalisationModule
+from pig.methods.base import PersonalisationModule, load_checkpoint
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import TOYWORLD
+from pig.models.backbone import TOYWORLD, Backbone, check_prediction_type
 from pig.models.encoders import DinoEncoder, load_clip
 from pig.pipelines import BootPIGPipeline
 
@@ -57,10 +58,13 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
 
-    def before_instantiate_classes(self) -> None:
-        path = (self.config.get(self.subcommand) or {}).get("ckpt_path") if self.subcommand else None
-        if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).is_file():
-            raise InputError(f"--ckpt_path: no checkpoint file {path}")
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint before any work. Lightning would lay its settings over those of config and command."""
+        path = (
+            (self.config.get(self.config.subcommand) or {}).get("ckpt_path") if self.config.get("subcommand") else None
+        )
+        if path and path not in ("last", "best", "hpc") and "://" not in path:
+            load_checkpoint(Path(path))
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -81,7 +85,12 @@ def load_pipeline(model: str | Path) -> BootPIGPipeline:
     elif not (Path(model) / "model_index.json").is_file():
         raise InputError(f"{model} is no exported model: it has no model_index.json (make one with `export`)")
     else:
-        pipeline = BootPIGPipeline.from_pretrained(model)
+        try:
+            pipeline = BootPIGPipeline.from_pretrained(model)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{model} is no exported BootPIG, or a torn one: {str(error).splitlines()[0]}") from error
+        parts = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.base_unet, pipeline.scheduler)
+        check_prediction_type(Backbone(*parts))
     pipeline.set_progress_bar_config(disable=None)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -116,6 +125,10 @@ def generate(
     """
     if not all(text.strip() for text in prompt):
         raise InputError("--prompt: an empty prompt")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63, got {seed}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, not a folder")
     cutouts = [load_cutout(path) for path in references]
     pipeline = load_pipeline(model)
     subject = SubjectFolder("references", "", tuple(references), tuple(prompt))

@@ -188,3 +188,4 @@ def test_sd21_base_true_configuration() -> None:
     assert len(net.layers) == 16
     assert round(sum(p.numel() for p in net.base_unet.parameters()) / 1e6, 1) == 865.9
     assert round(sum(p.numel() for p in groups["rsa"].values()) / 1e6, 2) == 49.57
+    assert round(sum(p.numel() for p in groups["reference_unet"].values()) / 1e6, 1) == 863.3

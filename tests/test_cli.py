@@ -16,8 +16,9 @@ from PIL import Image
 from pig import cli, demo
 from pig.data.modules import TripletDataModule
 from pig.methods.bootpig import BootPIG
+from pig.models.backbone import WEIGHTS
 
-CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+CONFIGS = sorted(Path("configs/bootpig").glob("*.yaml"))  # those of data_gen: tests/test_datagen.py
 TOY = "configs/bootpig/toyworld.yaml"
 # What stands over another config, and what must differ on a machine without GPUs and without a hub.
 BELOW = {
@@ -95,7 +96,7 @@ def test_mistyped_key(tmp_path) -> None:
 def test_missing_checkpoint(monkeypatch, capsys, tmp_path) -> None:
     code, error = run_inline(monkeypatch, capsys, "fit", "--config", TOY, "--ckpt_path", str(tmp_path / "none.ckpt"))
     assert code == 2
-    assert "--ckpt_path: no checkpoint file" in error
+    assert "no checkpoint file" in error
 
 
 def test_missing_base_model_offline(tmp_path) -> None:
@@ -117,11 +118,18 @@ def test_generate_refuses_bad_input(monkeypatch, capsys, tmp_path) -> None:
     picture, out = str(tmp_path / "a.png"), tmp_path / "out"
     Image.new("RGB", (20, 20)).save(picture)
     (tmp_path / "bad.png").write_bytes(b"no")
+    masked = str(tmp_path / "masked.png")
+    Image.new("RGB", (20, 20)).save(masked)
+    Image.new("L", (10, 10)).save(tmp_path / "masked.mask.png")
     for arguments, message in (
         (["--references"], "expected at least one argument"),
         (["--references", str(tmp_path / "none.png")], "cannot read image"),
         (["--references", str(tmp_path / "bad.png")], "cannot read image"),
         (["--references", picture, "--model", str(tmp_path)], "is no exported model"),
+        (["--references", picture, "--model", str(WEIGHTS / "base")], "is no exported BootPIG"),
+        (["--references", picture, "--seed", str(10**30)], "--seed must lie between"),
+        (["--references", masked], "masked.png: the mask is (10, 10), its image (20, 20)"),
+        (["--references", picture, "--height", "0"], "size 64x0"),
         (["--references", picture, "--height", "60"], "size 64x60"),
         (["--references", picture, "--image_guidance", "-1"], "guidance must be at least 0"),
         (["--references", picture, "--prompt", " "], "an empty prompt"),
@@ -164,6 +172,15 @@ data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size:
     assert any(column.startswith("train/loss_t") for column in columns)
     assert list((tmp_path / "fit/version_0/samples").glob("*.png"))
     assert (tmp_path / "fit/version_0/config.yaml").exists()
+    call("fit", "--config", TOY, "--config", over, "--ckpt_path", checkpoint, "--model.reference_dropout", "0.3")
+    (again,) = (tmp_path / "fit").glob("version_1/config.yaml")
+    assert yaml.safe_load(again.read_text())["model"]["init_args"]["reference_dropout"] == 0.3
+    torn = tmp_path / "torn.ckpt"
+    torn.write_bytes(checkpoint.read_bytes()[:5000])
+    code, error = run_inline(
+        monkeypatch, capsys, "fit", "--config", TOY, "--config", str(over), "--ckpt_path", str(torn)
+    )
+    assert (code, "a torn one" in error) == (2, True)
     call("validate", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
     call("test", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
 

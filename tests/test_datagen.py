@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import ray
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -45,6 +47,7 @@ from data_gen.__main__ import run
 from data_gen.captions import Caption, Collection, grammar_captions, make_captions, parse
 from data_gen.config import CaptionsConfig, DatagenConfig, ImagesConfig, MasksConfig, QualityConfig, load_config, settle
 from data_gen.errors import DiskFullError
+from data_gen.executors import execute
 from data_gen.inspect import inspect
 from data_gen.run import complete, dry_run, generate
 from data_gen.samples import Sample, read_lines, write_samples
@@ -116,9 +119,10 @@ def test_grammar_from_lists(tmp_path) -> None:
     assert Caption("a photo of an old camera, on a table", "old camera") in grammar_captions(config, seed=0)
     with pytest.raises(InputError, match="has 4 captions"):
         grammar_captions(replace(config, count=5), seed=0)
-    lists.write_text("things: []\n")
-    with pytest.raises(InputError, match="objects"):
-        grammar_captions(config, seed=0)
+    for wrong in ("things: []\n", "objects: dog\nscenes: [here]\n", "objects: ['']\nscenes: [here]\n", "objects: [\n"):
+        lists.write_text(wrong)
+        with pytest.raises(InputError, match="expected YAML with the lists `objects`"):
+            grammar_captions(config, seed=0)
 
 
 def test_duplicates_near_duplicates_and_frequent_objects_are_refused() -> None:
@@ -150,9 +154,11 @@ class Server(ThreadingHTTPServer):
                 if reply == "slow":
                     time.sleep(2)
                 status = reply if isinstance(reply, int) else 200
-                text = "" if isinstance(reply, int) or reply == "slow" else reply
+                text = reply if isinstance(reply, str) and reply != "slow" else ""
                 message = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-                body = json.dumps({"error": {"message": "no"}} if status != 200 else message).encode()
+                error = {"error": {"message": f"no: {self.headers['Authorization']}"}}  # some echo what they were sent
+                body = json.dumps(error if status != 200 else message).encode()
+                body = reply if isinstance(reply, bytes) else body
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
@@ -199,7 +205,7 @@ def right_answer(number: int, count: int = 5) -> str:
 
 
 def test_chat_captions_arrive_all_and_once_whatever_the_server_does(tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setenv("TEST_KEY", "sk-very-secret")
+    monkeypatch.setenv("TEST_KEY", "gsk_very-secret")
     mishaps: dict[int, Any] = {
         0: 429,
         1: 500,
@@ -209,24 +215,29 @@ def test_chat_captions_arrive_all_and_once_whatever_the_server_does(tmp_path, mo
         5: right_answer(90) + "\nnot a caption",
         6: right_answer(90),  # all of them duplicates
         7: "",
+        20: b"<html>no server of captions here</html>",
+        21: b'{"choices": [{"index": 0}]}',
+        22: b"[]",
+        23: b'{"choices": [',
         8: right_answer(91, 2) + "\nCaption: A photo of a",  # a partial answer
     }
     with Server(lambda number: mishaps.get(number, right_answer(number))) as server:
-        made = make_captions(tmp_path, chat_config(server, 23), seed=0)
-        assert server.authorizations == {"Bearer sk-very-secret"}
-    assert len(made) == 23
-    assert len({caption.caption for caption in made}) == 23
+        made = make_captions(tmp_path, chat_config(server, 123), seed=0)
+        assert server.authorizations == {"Bearer gsk_very-secret"}
+    assert len(made) == 123
+    assert len({caption.caption for caption in made}) == 123
     assert {caption.object for caption in made} >= {"thing90x0", "thing91x1"}
     assert captions.read_captions(tmp_path / captions.FILE) == made
     rejected = json.loads((tmp_path / captions.STATS).read_text())["rejected"]
     assert rejected["wrong form"] == 4
     assert rejected["duplicate"] == 5
+    assert rejected["empty reply"] == 5
     written = capfd.readouterr()
     assert "secret" not in written.out + written.err + "".join(p.read_text() for p in tmp_path.iterdir())
 
 
 def test_partial_answers_are_kept_when_the_server_refuses(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("TEST_KEY", "sk-very-secret")
+    monkeypatch.setenv("TEST_KEY", "gsk_very-secret")
     with Server(lambda number: right_answer(number) if number < 2 else 401) as server:
         with pytest.raises(InputError, match="does not answer: AuthenticationError") as error:
             make_captions(tmp_path, chat_config(server, 20, parallel_calls=1), seed=0)
@@ -249,6 +260,20 @@ def test_a_chat_captioner_needs_a_key_for_the_hosted_server(tmp_path, monkeypatc
     monkeypatch.delenv("TEST_KEY", raising=False)
     with pytest.raises(InputError, match="TEST_KEY"):
         make_captions(tmp_path, CaptionsConfig(3, "chat", model="m", api_key_env="TEST_KEY"), seed=0)
+
+
+def test_calls_are_not_made_twice_by_a_captioner_that_was_stopped(tmp_path) -> None:
+    class Numbered:
+        def ask(self, count: int, call: int) -> str:
+            return right_answer(call)
+
+    config = CaptionsConfig(40, "local", model="m", per_call=5, max_object_share=1.0)
+    whole = list(captions.collect(Numbered(), Collection(40, 1.0, []), config))
+    collection = Collection(40, 1.0, [])
+    first = [caption for _, caption in zip(range(15), captions.collect(Numbered(), collection, config), strict=False)]
+    resumed = Collection(40, 1.0, first)
+    resumed.calls = collection.calls
+    assert first + list(captions.collect(Numbered(), resumed, config)) == whole
 
 
 def test_local_captioner_rejects_what_an_untrained_model_says(tmp_path) -> None:
@@ -499,6 +524,33 @@ def test_stages_alone_from_disk_to_disk(tmp_path, capsys) -> None:
 # -- shards and executors ---------------------------------------------------------------------------------------------
 
 
+def test_a_finished_output_is_not_overwritten_by_a_stage_alone(made, tmp_path) -> None:
+    write_samples(tmp_path, [Sample("0", "a photo of a mug, on a beach", "mug", 0)])
+    with pytest.raises(InputError, match="holds shards already"):
+        run(["shards", str(CONFIG), str(tmp_path), f"output={made}"])
+    with pytest.raises(InputError, match="another config"):
+        run(["captions", str(CONFIG), f"output={made}", "captions.count=4"])
+    with pytest.raises(InputError, match="not for one stage"):
+        run(["images", str(CONFIG), str(tmp_path), "--dry-run"])
+
+
+def test_an_output_that_cannot_be_made_is_said(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot make output="):
+        generate(config_for(tmp_path / "file"))
+
+
+def test_ray_that_is_not_there_or_too_small_is_said(tmp_path, monkeypatch) -> None:
+    config = config_for(tmp_path, "executor=ray", "workers=3")
+    monkeypatch.setenv("RAY_ADDRESS", "foo")
+    with pytest.raises(InputError, match="no Ray cluster answers at RAY_ADDRESS=foo"):
+        next(execute(config, [0]))
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(InputError, match="workers=3, but Ray has room for 2"):
+        next(execute(config, [0]))
+
+
 def test_shards_keep_the_contract(made) -> None:
     config = config_for(made)
     shards, left_out = find_shards(str(made))
@@ -557,10 +609,10 @@ def test_a_run_killed_twice_ends_with_the_same_shards(made, tmp_path) -> None:
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     second = start(tmp_path)
-    wait_for(lambda: any(complete(tmp_path, number) for number in range(3)), second)
+    wait_for(lambda: any(complete(config_for(tmp_path), number) for number in range(3)), second)
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
-    done = [number for number in range(3) if complete(tmp_path, number)]
+    done = [number for number in range(3) if complete(config_for(tmp_path), number)]
     assert done
     before = [tar_of(tmp_path, number).stat().st_mtime_ns for number in done]
     third = start(tmp_path)
@@ -578,7 +630,7 @@ def test_a_torn_tar_is_made_again_and_finished_ones_are_not(made) -> None:
     assert digests(made) == expected
     again = [tar_of(made, number).stat().st_mtime_ns for number in range(3)]
     assert [a == b for a, b in zip(times, again, strict=True)] == [True, False, True]
-    assert complete(made, 1)
+    assert complete(config_for(made), 1)
 
 
 def children(pid: int) -> Iterator[int]:
@@ -609,7 +661,7 @@ def test_a_full_disk_ends_with_a_message_and_counts_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(masks, "save_png", full)
     with pytest.raises(DiskFullError, match=f"no space left on the disk of {tmp_path}"):
         ShardMaker(config, "cpu").make(0)
-    assert not complete(tmp_path, 0)
+    assert not complete(config, 0)
     assert not tar_of(tmp_path, 0).exists()
 
 
@@ -630,8 +682,14 @@ def test_inspect_shows_what_is_there(made, tmp_path, capsys) -> None:
     page = (tmp_path / "inspect.html").read_text()
     assert "caption_score" in page
     assert "Contact sheet" in page
-    with pytest.raises(InputError, match="no shard"):
+    with pytest.raises(InputError, match="no folder of shards"):
         inspect(tmp_path / "none", tmp_path)
+    garbage = tmp_path / "garbage"
+    shutil.copytree(made, garbage)
+    for tar in garbage.glob("*.tar"):
+        tar.write_bytes(b"x" * tar.stat().st_size)
+    with pytest.raises(InputError, match="no triplet of .* can be read"):
+        inspect(garbage, tmp_path)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -648,6 +706,11 @@ def test_inspect_shows_what_is_there(made, tmp_path, capsys) -> None:
         (["quality.max_area=2"], r"quality\.max_area is a share"),
         (["captions.captioner=chat"], r"captions\.captioner=chat needs captions\.model"),
         (["masks.method=grounded"], r"masks\.method=grounded needs masks\.detector"),
+        (["seed=-1"], "seed must be at least 0"),
+        (["images.guidance=nan"], r"images\.guidance must be at least 0"),
+        (["quality.min_area=0.8"], r"quality\.min_area=0\.8 must be below"),
+        (["captions.base_url=http://me:word@host/v1"], "name or password"),
+        (["captions.count=[3"], "toyworld.yaml"),
     ],
 )
 def test_a_bad_config_is_refused(overrides, message) -> None:
@@ -717,8 +780,9 @@ def test_a_phrase_that_is_never_found_is_dropped_and_counted(tmp_path) -> None:
 
 def test_a_run_in_which_nothing_passes_ends_with_the_reasons(tmp_path) -> None:
     config = config_for(tmp_path, "captions.count=3", "images.steps=1", "quality.min_caption_score=0.99")
-    with pytest.raises(InputError, match=r"not one of the first 3 samples passed: .*'caption score': \d"):
-        generate(config)
+    for _ in range(2):  # started again, it says the same
+        with pytest.raises(InputError, match=r"not one of the first 3 samples passed: .*'caption score': \d"):
+            generate(config)
 
 
 def test_what_the_safety_checker_blanks_is_rejected(tmp_path) -> None:

@@ -170,15 +170,22 @@ class TripletDataset(IterableDataset[Batch]):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A DataLoader whose `state_dict` says which batch comes next; Lightning saves and restores it by itself."""
+    """A DataLoader whose `state_dict` says which batch comes next; Lightning saves and restores it by itself.
+
+    With `same_every_time` it starts afresh at each pass, with the same order and seeds: for validation.
+    """
 
     dataset: TripletDataset
 
-    def __init__(self, dataset: TripletDataset, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, dataset: TripletDataset, *, num_workers: int, pin_memory: bool, same_every_time: bool = False
+    ) -> None:
         super().__init__(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is)
-        self.epoch, self.batch = 0, 0
+        self.epoch, self.batch, self.same_every_time = 0, 0, same_every_time
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.same_every_time:
+            self.epoch, self.batch = 0, 0
         self.dataset.start(epoch=self.epoch, first_batch=self.batch)
         for batch in super().__iter__():
             self.batch += 1
@@ -270,15 +277,15 @@ class TripletDataModule(LightningDataModule):
                 raise InputError(f"no usable sample at the start of any shard looked at: {errors[0]}")
 
     def train_dataloader(self) -> ResumableLoader:
-        return self._loader(self.shards, drop_last=True)
+        return self._loader(self.shards, training=True)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        return self._loader(self.val_shards, drop_last=False) if self.val_shards else []
+        return self._loader(self.val_shards, training=False) if self.val_shards else []
 
     def test_dataloader(self) -> ResumableLoader:
         if not self.val_shards:
             raise InputError("`test` needs data.val_shards")
-        return self._loader(self.val_shards, drop_last=False)
+        return self._loader(self.val_shards, training=False)
 
     def predict_dataloader(self) -> DataLoader[Job]:
         if not self.predict_subjects:
@@ -291,7 +298,7 @@ class TripletDataModule(LightningDataModule):
         """Only a Batch holds tensors; the jobs of `predict` stay as they are."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Batch) else batch
 
-    def _loader(self, spec: str | list[str], *, drop_last: bool) -> ResumableLoader:
+    def _loader(self, spec: str | list[str], *, training: bool) -> ResumableLoader:
         shards, left_out = find_shards(spec)
         for line in left_out:
             log.warning("shard left out: %s", line)
@@ -303,8 +310,13 @@ class TripletDataModule(LightningDataModule):
             seed=self.seed,
             shuffle_block=self.shuffle_block,
             max_bad_samples=self.max_bad_samples,
-            drop_last=drop_last,
+            drop_last=training,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
-        return ResumableLoader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        return ResumableLoader(
+            dataset,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            same_every_time=not training,
+        )

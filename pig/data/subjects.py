@@ -50,7 +50,10 @@ def mask_path(image: Path) -> Path:
 
 def load_cutout(path: Path) -> Image.Image:
     mask = mask_path(path)
-    return cut_out(load_image(path), load_image(mask).convert("L") if mask.exists() else None)
+    try:
+        return cut_out(load_image(path), load_image(mask).convert("L") if mask.exists() else None)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_subjects(folder: str | Path) -> list[SubjectFolder]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,19 @@ from torch import Tensor, nn
 from pig.errors import InputError
 
 Schedule = Literal["constant", "cosine"]
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of `fit`, on the CPU. Raises InputError where there is none, or a torn one."""
+    if not path.is_file():
+        raise InputError(f"no checkpoint file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{path} is no checkpoint, or a torn one: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no checkpoint of fit")
+    return state
 
 
 class PersonalisationModule(LightningModule):

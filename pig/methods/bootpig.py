@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from pig.attention import Pooling
 from pig.data.images import Job
 from pig.data.schema import Batch
 from pig.errors import InputError
-from pig.methods.base import PersonalisationModule, Schedule
+from pig.methods.base import PersonalisationModule, Schedule, load_checkpoint
 from pig.models.backbone import TOYWORLD, WEIGHTS, encode_images, encode_text, load_backbone
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.bootpig import BootPIGPipeline, ReferenceCaption, reference_prompt
@@ -130,13 +129,8 @@ class BootPIG(PersonalisationModule):
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> BootPIG:
         """The module of a checkpoint of `fit`, with its EMA weights if it has any."""
-        if not checkpoint.is_file():
-            raise InputError(f"no checkpoint file {checkpoint}")
-        try:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise InputError(f"{checkpoint} is no checkpoint, or a torn one: {str(error).splitlines()[0]}") from error
-        method = state.get("pig_method") if isinstance(state, dict) else None
+        state = load_checkpoint(checkpoint)
+        method = state.get("pig_method")
         if method != cls.__name__:
             raise InputError(f"{checkpoint} is no checkpoint of {cls.__name__}: its method is {method}")
         # Names with an underscore are LightningCLI's own.

@@ -114,7 +114,7 @@ class BootPIGPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         native = self.base_unet.config.sample_size * vae_scale(self.vae)
-        height, width = height or native, width or native
+        height, width = (native if side is None else side for side in (height, width))
         check_size(self.vae, width, height)
         if num_images_per_prompt < 1 or num_inference_steps < 1 or not prompts:
             raise InputError("give at least one prompt, one image per prompt and one step")
