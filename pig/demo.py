@@ -102,8 +102,12 @@ def main() -> None:
         settings=(logs[-1] / "config.yaml").read_text(),
     )
     console.print(score_table(scores))
-    if chosen.beside is not None and (chosen.beside / "scores.json").exists():
-        console.print(score_table(json.loads((chosen.beside / "scores.json").read_text()), f"{chosen.beside}"))
+    if chosen.beside is not None:
+        other = chosen.beside / "scores.json"
+        if other.exists():
+            console.print(score_table(json.loads(other.read_text()), f"{chosen.beside}"))
+        else:
+            console.print(f"(no {other} to put beside it: `make demo` makes one)")
     for line in summary:
         console.print(line)
     for name in ("report.html", "grid.png", "scores.json", "images", "export"):
