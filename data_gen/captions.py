@@ -292,14 +292,16 @@ def make_captions(out: Path, config: CaptionsConfig, seed: int) -> list[Caption]
         captioner: Captioner = ChatCaptioner(config) if config.captioner == "chat" else LocalCaptioner(config, seed)
         write_lines(part, map(asdict, collection.captions))
         progress = tqdm(total=config.count, initial=len(collection.captions), desc="captions", unit="caption")
-        with part.open("a") as stream, progress:
-            for caption in collect(captioner, collection, config):
-                stream.write(json.dumps(asdict(caption)) + "\n")
-                stream.flush()
-                progress.update()
-                _write_stats(out, collection.calls, collection.rejected)
+        try:
+            with part.open("a") as stream, progress:
+                for caption in collect(captioner, collection, config):
+                    stream.write(json.dumps(asdict(caption)) + "\n")
+                    stream.flush()
+                    progress.update()
+                    _write_stats(out, collection.calls, collection.rejected)
+        finally:  # calls that brought nothing are not made again either
+            _write_stats(out, collection.calls, collection.rejected)
         captions = collection.captions
-        _write_stats(out, collection.calls, collection.rejected)
     part.rename(file)
     return captions
 
