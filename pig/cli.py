@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ import jsonargparse
 import torch
 import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 
 from pig.data.images import Job, save_generated
@@ -204,6 +206,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", noise)
     try:
         run(sys.argv[1:])
+    except SIGTERMException:  # a SystemExit of code 0, which a scheduler would take for success
+        print("stopped by SIGTERM; go on with --ckpt_path and the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         mistake = find_input_error(error)
         if mistake is None:
