@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pig.data.grids import labelled_grid
 from pig.data.schema import Triplet
-from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, read_shard
+from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, read_shard, rejections
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
 
@@ -52,7 +52,7 @@ def inspect(folder: Path, out: Path) -> None:
     sheet = contact_sheet(shown)
     sheet.save(out / "inspect.png")
     (out / "inspect.html").write_text(_page(folder, shards, [*left_out, *bad], scores, objects, sheet))
-    rejected = sum((Counter(shard.stats.rejected) for shard in shards), Counter[str]())
+    rejected = rejections(shard.stats for shard in shards)
     print(f"{total} triplets, {len(objects)} objects, rejected while made: {dict(rejected)}; unusable: {len(bad)}")
     print(f"  {out / 'inspect.html'}\n  {out / 'inspect.png'}")
 
@@ -100,7 +100,7 @@ def _page(
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    rejected = sum((Counter(shard.stats.rejected) for shard in shards), Counter[str]())
+    rejected = rejections(shard.stats for shard in shards)
     total = sum(shard.stats.count for shard in shards)
     size = sum(shard.stats.bytes for shard in shards) / 1e6
 

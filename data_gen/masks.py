@@ -159,11 +159,11 @@ def _detector(kind: Any, config: MasksConfig, device: str) -> tuple[Any, Any]:
         raise InputError(f"cannot load masks.detector={config.detector!r}: {str(error).splitlines()[0]}") from error
 
 
-def cut(image: np.ndarray, mask: np.ndarray, size: int | None = None) -> Image.Image:
+def cut(image: np.ndarray, mask: np.ndarray) -> Image.Image:
     """What the mask shows, alone on white and filling the frame."""
     cutout = Image.fromarray(image)
     cutout.putalpha(Image.fromarray(mask))
-    return reference_picture(cutout, size or max(image.shape[:2]))
+    return reference_picture(cutout, max(image.shape[:2]))
 
 
 def find_masks(folder: Path, segmenter: Segmenter, config: MasksConfig, report: Report) -> None:

@@ -7,7 +7,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +32,9 @@ from data_gen.shards import (
     shard_count,
     shard_size,
     tar_of,
+    verdicts,
 )
-from pig.data.shards import ShardStats, sha256_of, stats_path
+from pig.data.shards import ShardStats, rejections, sha256_of, stats_path
 from pig.errors import InputError
 
 console = Console()
@@ -134,7 +134,7 @@ def estimate(config: DatagenConfig) -> tuple[float, float]:
     batch = max(config.images.batch_size, config.masks.batch_size)
     words = caption_stage.Caption("a photo of a mug, on a beach", "mug")
     maker, seconds = ShardMaker(config, device_of(0)), dict[str, float]()
-    _ = maker.painter, maker.segmenter, maker.clip  # loading is paid once
+    maker.load()  # paid once
     with tempfile.TemporaryDirectory() as name:
         for attempt in range(2):  # the first warms up
             folder, seconds = Path(name) / str(attempt), {}
@@ -143,9 +143,8 @@ def estimate(config: DatagenConfig) -> tuple[float, float]:
             for stage in STAGES[:3]:
                 with clock(seconds, stage):
                     maker.run_stage(stage, folder, lambda _: None)
-        judged = (Path(name) / "1" / "quality.jsonl").read_text().splitlines()
-    rejected = sum(json.loads(row)["reason"] is not None for row in judged) / batch
-    return sum(seconds.values()) / batch * sample_count(config) / config.workers, rejected
+        _, rejected = verdicts(folder)
+    return sum(seconds.values()) / batch * sample_count(config) / config.workers, rejected.total() / batch
 
 
 def dry_run(config: DatagenConfig) -> None:
@@ -173,7 +172,8 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
         for report in execute(config, missing):
             if report is not None:
                 reports.append(report)
-                refuse_if_hopeless(config)
+                if not any(done.count for done in reports):
+                    refuse_if_hopeless(config)
             finished = {done.number for done in reports}
             running = [read_progress(out, number) for number in missing if number not in finished]
             # Quality comes last; a sample drawn again is counted again, so the share is capped by the shard's size.
@@ -202,7 +202,7 @@ def refuse_if_hopeless(config: DatagenConfig) -> None:
     stats = {number: found for number in range(shard_count(config)) if (found := stats_of(config, number))}
     tried = sum(shard_size(config, number) for number in stats)
     if tried >= min(HOPELESS, sample_count(config)) and not any(shard.count for shard in stats.values()):
-        reasons = dict(sum((Counter(shard.rejected) for shard in stats.values()), Counter[str]()))
+        reasons = dict(rejections(stats.values()))
         raise InputError(
             f"not one of the first {tried} samples passed: {reasons}. Look at masks.* and quality.* in the config (`no "
             "object`: the phrase was not found), and try them out in another output"
@@ -231,9 +231,7 @@ def markdown_table(head: tuple[str, str], rows: Mapping[str, object]) -> str:
 def write_card(config: DatagenConfig) -> None:
     """The data card beside the shards: what they hold, how they were made, what was rejected."""
     stats, out = all_stats(config), Path(config.output)
-    rejected: Counter[str] = Counter()
-    for shard in stats:
-        rejected.update(shard.rejected)
+    rejected = rejections(stats)
     dropped = rejected.pop("dropped after all attempts", 0)
     caption_rejects = json.loads((out / caption_stage.STATS).read_text())["rejected"]
     facts = {

@@ -44,6 +44,16 @@ class ShardReport:
     drawn: int = 0  # pictures
 
 
+Accepted = dict[str, tuple[Path, dict[str, Any]]]  # key -> folder and scores
+
+
+def verdicts(folder: Path) -> tuple[Accepted, Counter[str]]:
+    """What `quality.jsonl` of a folder accepts, and how often it rejects for each reason."""
+    rows = read_lines(folder / quality.DONE)
+    accepted = {row["key"]: (folder, row["scores"]) for row in rows if not row["reason"]}
+    return accepted, Counter(row["reason"] for row in rows if row["reason"])
+
+
 def tar_of(output: Path, number: int) -> Path:
     return output / f"train-{number:06d}.tar"
 
@@ -98,6 +108,10 @@ class ShardMaker:
     def captions(self) -> list[Caption]:
         return read_captions(self.output / FILE)
 
+    def load(self) -> None:
+        """Load all models that are not loaded yet."""
+        _ = self.painter, self.segmenter, self.clip
+
     def run_stage(self, stage: str, folder: Path, report: Callable[[int], None]) -> None:
         """One stage on a folder, from disk to disk; nothing where it is done already."""
         done = {"images": images.DONE, "masks": masks.DONE, "quality": quality.DONE}[stage]
@@ -133,7 +147,7 @@ class ShardMaker:
 
     def _make(self, number: int, work: Path) -> ShardReport:
         config, report = self.config, ShardReport(number, 0, {})
-        progress, rejected, accepted = Progress(work), Counter[str](), dict[str, tuple[Path, dict[str, Any]]]()
+        progress, rejected, accepted = Progress(work), Counter[str](), Accepted()
         pending = samples_of(config, self.captions, number)
         order = [f"{index:09d}" for index, _ in pending]
         for attempt in range(config.shards.attempts):
@@ -144,16 +158,16 @@ class ShardMaker:
             ]
             if not (folder / "samples.jsonl").exists():
                 write_samples(folder, samples)
-            _ = self.painter, self.segmenter, self.clip  # loading is none of the stages' time
+            self.load()  # none of the stages' time
             for stage in STAGES[:3]:
                 with clock(report.seconds, stage):
                     self.run_stage(stage, folder, progress.stepped(stage))
             report.drawn += len(samples)
-            rows = {row["key"]: row for row in read_lines(folder / quality.DONE)}
-            rejected.update(row["reason"] for row in rows.values() if row["reason"])
-            accepted.update({key: (folder, row["scores"]) for key, row in rows.items() if not row["reason"]})
-            progress.rejected(sum(rejected.values()))
-            pending = [(index, caption) for index, caption in pending if rows[f"{index:09d}"]["reason"]]
+            passed, failed = verdicts(folder)
+            accepted |= passed
+            rejected += failed
+            progress.rejected(rejected.total())
+            pending = [(index, caption) for index, caption in pending if f"{index:09d}" not in accepted]
             if not pending:
                 break
         if pending:
@@ -166,15 +180,13 @@ class ShardMaker:
 
     def pack(self, folder: Path) -> ShardReport:
         """Stage 5 alone: what `quality.jsonl` of a folder accepts, as shard 0 of `config.output`."""
-        rows = {row["key"]: row for row in read_lines(folder / quality.DONE)}
-        accepted = {key: (folder, row["scores"]) for key, row in rows.items() if not row["reason"]}
+        accepted, rejected = verdicts(folder)
         if not accepted:
-            raise InputError(f"{folder}: quality.jsonl accepts none of its {len(rows)} samples")
-        rejected = Counter(row["reason"] for row in rows.values() if row["reason"])
+            raise InputError(f"{folder}: quality.jsonl accepts none of its {rejected.total()} samples")
         stats = write_shard(tar_of(self.output, 0), self._triplets(sorted(accepted), accepted), rejected)
         return ShardReport(0, stats.count, dict(stats.rejected))
 
-    def _triplets(self, keys: Sequence[str], accepted: dict[str, tuple[Path, dict[str, Any]]]) -> Iterator[Triplet]:
+    def _triplets(self, keys: Sequence[str], accepted: Accepted) -> Iterator[Triplet]:
         config = self.config
         models = {
             "caption": captioner(config.captions),
@@ -245,5 +257,4 @@ def read_progress(output: Path, number: int) -> dict[str, int]:
 
 def check_models(config: DatagenConfig) -> None:
     """Load every model once, before any worker starts. Raises InputError that names the one that cannot be had."""
-    maker = ShardMaker(config, "cpu")
-    _ = maker.painter, maker.segmenter, maker.clip
+    ShardMaker(config, "cpu").load()

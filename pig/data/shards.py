@@ -36,6 +36,11 @@ class ShardStats:
     rejected: Mapping[str, int] = field(default_factory=dict)
 
 
+def rejections(stats: Iterable[ShardStats]) -> Counter[str]:
+    """How often samples were rejected for each reason, over several shards."""
+    return sum((Counter(shard.rejected) for shard in stats), Counter[str]())
+
+
 @dataclass(frozen=True)
 class Shard:
     url: str
