@@ -32,7 +32,6 @@ from pig.methods.bootpig import BootPIG
 from pig.models.backbone import decode_latents
 from pig.models.two_unet import TwoUNet
 from pig.pipelines import BootPIGPipeline
-from pig.pipelines.guidance import image_text_guidance
 from pig.toyworld import scene
 
 PROMPTS = [f"a photo of a mug, {phrase}" for phrase in list(scene.BACKGROUNDS.values())[:5]]
@@ -45,6 +44,11 @@ SD21 = {
 CASES = [("plain", 0, 1), ("plain", 0, 4)] + [
     (way, references, images) for images in (1, 4) for references in (1, 4) for way in ("naive", "ours")
 ]
+
+
+def image_text_guidance(e_uncond: Tensor, e_im: Tensor, e_text_im: Tensor, eta_im: float, eta_text_im: float) -> Tensor:
+    """Eq. 4 as it reads, its last bracket corrected."""
+    return e_uncond + eta_im * (e_im - e_uncond) + eta_text_im * (e_text_im - e_im)
 
 
 @torch.no_grad()
@@ -88,7 +92,7 @@ def our_step(
     features = model.encode_reference(z_ref_t[None], t.view(1), caption)
     conditions = torch.cat([empty.expand_as(text), empty.expand_as(text), text])
     projected = model.project(features, plain=count, branches=2)
-    return model(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected)
+    return model.sample(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected)[0]
 
 
 def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any]:

@@ -38,12 +38,19 @@ class ProjectedReferences:
 
     keys, values: layer name -> (P, K, H, M, d); each of the P groups serves equally many samples.
     plain, branches: `plain` samples at the head of the batch attend to no reference; then (branches, P, images).
+    alike_at: the layer up to which nothing has told the branches (and the plain samples) apart: their latents and t
+        are the same, and text enters behind it. What it computes serves them all.
+    pooling: how the references are merged; None: as the layer was installed.
+    strength: 0, as without references, to 1, Eq. 3 and 8.
     """
 
     keys: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     plain: int = 0
     branches: int = 1
+    alike_at: str | None = None
+    pooling: Pooling | None = None
+    strength: float = 1.0
 
 
 class LastLayerReachedError(Exception):
@@ -172,13 +179,18 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
         Equal to the above but for rounding, at (1 + K) N^2 in place of (1 + 2 K) N^2.
         """
         keys, values = references.keys[self.name], references.values[self.name]  # (P, K, H, M, d)
+        pooling = self.pooling if references.pooling is None else references.pooling
+        plain, branches = references.plain, references.branches
+        alike = self.name == references.alike_at
+        if alike:
+            f, plain, branches = f[plain : plain + (len(f) - plain) // branches], 0, 1
         q, k, v = (_heads(attn, project(f)) for project in (attn.to_q, attn.to_k, attn.to_v))  # (B, H, N, d)
         o, lse = attend_with_lse(q, k, v)
-        plain, o_self, lse_self = o[: references.plain], o[references.plain :], lse[references.plain :]
+        o_self, lse_self = o[plain:], lse[plain:]
 
         # All samples of a group ask the same keys: as one long sequence of queries, so that no key is copied.
-        split = (references.branches, len(keys), -1)
-        asked = q[references.plain :].unflatten(0, split).permute(1, 3, 0, 2, 4, 5)  # (P, H, branches, images, N, d)
+        asked = q[plain:].unflatten(0, (branches, len(keys), -1)).permute(1, 3, 0, 2, 4, 5)
+        # asked: (P, H, branches, images, N, d)
 
         def attend(keys: Tensor, values: Tensor) -> Tensor:
             """keys, values: (P, H, M, d) -> (B - plain, H, N, d), the self part merged in."""
@@ -187,18 +199,20 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
             lse_ref = lse_ref.reshape(asked.shape[:-1]).permute(2, 0, 3, 1, 4).flatten(0, 2)
             return merge(o_self, lse_self, o_ref, lse_ref)
 
-        if self.pooling == "concat":
-            merged = attend(*(x.transpose(1, 2).flatten(2, 3) for x in (keys, values)))
-            return _output(attn, torch.cat([plain, merged]))
-        merged_i = [attend(k_i, v_i) for k_i, v_i in zip(keys.unbind(1), values.unbind(1), strict=True)]
-        if len(merged_i) == 1:
-            return _output(attn, torch.cat([plain, merged_i[0]]))
-        o_i = torch.stack([_output(attn, one) for one in merged_i], dim=1)
-        if self.pooling == "mean":
-            pooled = pool_references(o_i[:, 0], o_i, "mean")
-            return torch.cat([_output(attn, plain), pooled])
-        out = _output(attn, o)
-        return torch.cat([out[: len(plain)], pool_references(out[len(plain) :], o_i, self.pooling)])
+        if pooling == "concat":
+            merged = [attend(*(x.transpose(1, 2).flatten(2, 3) for x in (keys, values)))]
+        else:
+            merged = [attend(k_i, v_i) for k_i, v_i in zip(keys.unbind(1), values.unbind(1), strict=True)]
+        o_i = [_output(attn, one) for one in merged]
+        compares = len(o_i) > 1 and pooling != "mean"
+        of_all = alike or compares or references.strength < 1
+        own = _output(attn, o if of_all else o[:plain])  # SA(f), Eq. 2
+        out = o_i[0] if len(o_i) == 1 else pool_references(own[plain:], torch.stack(o_i, dim=1), pooling)
+        if references.strength < 1:
+            out = own[plain:].lerp(out, references.strength)
+        if alike:
+            return torch.cat([own[: references.plain], *[out] * references.branches])
+        return torch.cat([own[:plain], out])
 
 
 class CollectAttnProcessor:

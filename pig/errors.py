@@ -1,5 +1,23 @@
 """The one exception for what the user can mend; the command line prints its message and exits with code 2."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Bad input. The message names the thing and the remedy."""
+
+
+def check_ranges(**settings: tuple[float, float, float]) -> None:
+    """Each setting as (value, lowest, highest)."""
+    for name, (value, low, high) in settings.items():
+        if not low <= value <= high or math.isinf(value):
+            wanted = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
+            raise InputError(f"{name} must be {wanted}, got {value}")
+
+
+def check_named(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known:
+        raise InputError(f"{name} {value!r} is none of {', '.join(str(one) for one in known if one is not None)}")

@@ -68,7 +68,7 @@ def test_sampling_in_one_batch_equals_branch_by_branch(base_unet, pooling, refer
     empty = empty.expand_as(text)
     expected = [net(latents, t, empty), net(latents, t, empty, each), net(latents, t, text, each)]
     projected = net.project(features, plain=count, branches=2)
-    found = net(latents.repeat(3, 1, 1, 1), t.repeat(3), torch.cat([empty, empty, text]), projected)
+    found, _ = net.sample(latents.repeat(3, 1, 1, 1), t.repeat(3), torch.cat([empty, empty, text]), projected)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from benchmarks.sampling import PROMPTS as NAIVE_PROMPTS
-from benchmarks.sampling import naive
+from benchmarks.sampling import image_text_guidance, naive
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
+from pig.models.backbone import SCHEDULERS, load_backbone
+from pig.models.deep_cache import full_pass, shallow_pass
 from pig.pipelines import BootPIGPipeline
-from pig.pipelines.guidance import image_text_guidance
+from pig.pipelines.guidance import branch_weights
+from pig.pipelines.references import ReferenceCache
 
 PROMPTS = ["a photo of a mug, on a beach", "a photo of a car, in space"]
 
@@ -39,7 +44,15 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 
 def draw(pipe: BootPIGPipeline, prompt, references, **options) -> torch.Tensor:
-    return pipe(prompt, references, output_type="pt", num_inference_steps=3, **options).images
+    return pipe(prompt, references, output_type="pt", **{"num_inference_steps": 3, **options}).images
+
+
+def count_passes(pipe: BootPIGPipeline, monkeypatch) -> list[tuple[torch.Tensor, ...]]:
+    """What the Reference UNet is asked from now on: (z, t, text) of each pass."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    encode = pipe.model.encode_reference
+    monkeypatch.setattr(pipe.model, "encode_reference", lambda *asked: calls.append(asked) or encode(*asked))
+    return calls
 
 
 def test_equation_4() -> None:
@@ -47,6 +60,13 @@ def test_equation_4() -> None:
     assert image_text_guidance(e, im, text, 5.0, 7.5) == 1 + 5 * 2 + 7.5 * 4
     assert image_text_guidance(e, im, text, 1.0, 1.0) == text
     assert image_text_guidance(e, im, text, 0.0, 0.0) == e
+    branches = {"uncond": e, "im": im, "text_im": text}
+    for etas, needed in {(5.0, 7.5): 3, (3.0, 3.0): 2, (1.0, 2.0): 2, (1.0, 1.0): 1, (0.0, 0.0): 1}.items():
+        weights = branch_weights(*etas)
+        assert len(weights) == needed
+        assert sum(weight * branches[name] for name, weight in weights.items()) == image_text_guidance(
+            e, im, text, *etas
+        )
 
 
 def test_saved_and_loaded_gives_the_same_pixels(pipe, cutouts, tmp_path) -> None:
@@ -96,21 +116,16 @@ def test_unguided_unconditional_is_the_plain_base_model(pipe, cutouts) -> None:
         torch.testing.assert_close(drawn, decode_latents(base.vae, latents), atol=1e-5, rtol=1e-4)
 
 
-def test_reference_noise_fixed_timestep_and_caption(cutouts) -> None:
+def test_reference_noise_fixed_timestep_and_caption(cutouts, monkeypatch) -> None:
     module = BootPIG("toyworld", reference_timestep=1, reference_caption="object")
     pipe = module.pipeline()
-    calls = []
-    encode = pipe.model.encode_reference
-    pipe.model.encode_reference = lambda z, t, text: calls.append((z, t, text)) or encode(z, t, text)
+    calls = count_passes(pipe, monkeypatch)
     draw(pipe, PROMPTS, cutouts[:1], reference_noise="fixed")
-    assert len(calls) == 3
-    for z, t, text in calls:
-        assert t.tolist() == [1, 1]
-        assert torch.equal(z, calls[0][0])
-        assert torch.equal(text, calls[0][2])
+    ((_, t, text),) = calls  # one pass serves all steps
+    assert t.tolist() == [1, 1]
     with torch.no_grad():
         told = pipe._encode_text(["a photo of a mug", "a photo of a car"])
-    torch.testing.assert_close(calls[0][2], told)
+    torch.testing.assert_close(text, told)
     calls.clear()
     draw(pipe, PROMPTS[0], cutouts[:1])
     assert not torch.equal(calls[0][0], calls[1][0])
@@ -134,8 +149,22 @@ def test_mistakes_are_named(pipe, cutouts, monkeypatch) -> None:
     for none in ({"num_images_per_prompt": 0}, {"num_inference_steps": 0}):
         with pytest.raises(InputError, match="at least one"):
             pipe(PROMPTS, cutouts[:1], **none)
-    with pytest.raises(InputError, match="guidance must be at least 0"):
-        pipe(PROMPTS[0], cutouts[:1], image_guidance=-1)
+    for wrong, message in {
+        ("image_guidance", -1.0): "image_guidance must be at least 0, got -1.0",
+        ("text_guidance", float("nan")): "text_guidance must be at least 0, got nan",
+        ("strength", 1.5): "strength must be between 0 and 1, got 1.5",
+        ("guidance_rescale", -0.1): "guidance_rescale must be between 0 and 1",
+        ("guidance_interval", (0.7, 0.2)): "guidance_interval",
+        ("reference_every", 0): "reference_every must be at least 1",
+        ("deep_every", 0): "deep_every must be at least 1",
+        ("pooling", "max"): "pooling 'max' is none of softmax, argmax, mean, concat",
+        ("reference_noise", "none"): "reference_noise 'none' is none of fresh, fixed",
+        ("reference_caption", "x"): "reference_caption 'x' is none of caption, object",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            pipe(PROMPTS[0], cutouts[:1], **dict([wrong]))
+    with pytest.raises(InputError, match="scheduler 'euler' is none of unipc, ddim"):
+        pipe.use_scheduler("euler")
     with pytest.raises(InputError, match=r"1000000 references .* need about .* GiB, .* are free"):
         pipe(PROMPTS[0], cutouts[:1] * 1_000_000)
 
@@ -174,3 +203,201 @@ def test_the_pipeline_draws_what_the_naive_way_draws(cutouts, images) -> None:
         output_type="pt",
     ).images
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_strength_0_is_the_base_model_with_guidance_as_diffusers_draws_it(pipe, cutouts, steps) -> None:
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")}
+    plain_unet = load_backbone("toyworld").unet
+    plain_unet.load_state_dict(pipe.base_unet.state_dict())
+    scheduler = copy.deepcopy(pipe.scheduler)
+    base = StableDiffusionPipeline(
+        **parts, unet=plain_unet, scheduler=scheduler, safety_checker=None, feature_extractor=None
+    )
+    base.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "negative_prompt": "a red thing", "guidance_rescale": 0.3}
+    expected = base(PROMPTS[0], guidance_scale=3.0, generator=seeds(5), output_type="pt", **options).images
+    found = draw(pipe, PROMPTS[0], cutouts, text_guidance=3.0, strength=0.0, generator=seeds(5), **options)
+    torch.testing.assert_close((found + 1) / 2, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_strength_goes_all_the_way(pipe, cutouts) -> None:
+    drawn = [
+        draw(pipe, PROMPTS[0], cutouts, strength=strength, generator=seeds(1))
+        for strength in (0.0, 0.001, 0.5, 0.999, 1.0)
+    ]
+    whole = (drawn[4] - drawn[0]).abs().mean()
+    assert (drawn[1] - drawn[0]).abs().mean() < 0.1 * whole
+    assert (drawn[3] - drawn[4]).abs().mean() < 0.1 * whole
+    assert (drawn[2] - drawn[0]).abs().mean() > 0.1 * whole
+
+
+def test_negative_prompt_pooling_caption_and_rescale_matter(pipe, cutouts) -> None:
+    usual = draw(pipe, PROMPTS[0], cutouts, generator=seeds(1))
+    for change in (
+        {"negative_prompt": "a photo of a mug"},
+        {"pooling": "mean"},
+        {"reference_caption": "object"},
+        {"guidance_rescale": 0.7},
+    ):
+        assert (draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), **change) - usual).abs().max() > 0.01, change
+    same = draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), pooling="softmax", reference_caption="caption")
+    assert torch.equal(same, usual)
+
+
+@pytest.mark.parametrize("name", ["unipc", "ddim", "dpm++"])
+def test_schedulers_draw_the_same_thing_in_many_steps(cutouts, name, tmp_path) -> None:
+    pipe = BootPIG.embedded().pipeline()
+    options = {"image_guidance": 2.0, "text_guidance": 1.5, "generator": seeds(1), "num_inference_steps": 40}
+    usual = draw(pipe, PROMPTS[0], cutouts[:1], reference_noise="fixed", **options)
+    pipe.use_scheduler(name)
+    found = draw(pipe, PROMPTS[0], cutouts[:1], reference_noise="fixed", **{**options, "generator": seeds(1)})
+    assert (found - usual).abs().mean() < 0.1
+    pipe.save_pretrained(tmp_path)
+    assert type(BootPIGPipeline.from_pretrained(tmp_path).scheduler) is SCHEDULERS[name][0]
+
+
+def test_callback_sees_every_step_may_change_the_latents_and_may_cancel(pipe, cutouts) -> None:
+    seen = []
+
+    def look(pipe, step, t, given):
+        seen.append((step, int(t), given["latents"].shape))
+        return given
+
+    usual = draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1), callback_on_step_end=look)
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    blank = draw(
+        pipe,
+        PROMPTS[0],
+        cutouts[:1],
+        generator=seeds(1),
+        callback_on_step_end=lambda pipe, step, t, given: {"latents": torch.zeros_like(given["latents"])},
+    )
+    assert (blank - usual).abs().max() > 0.05
+    seen.clear()
+
+    def cancel(pipe, step, t, given):
+        pipe._interrupt = step == 1
+        return look(pipe, step, t, given)
+
+    stopped = draw(pipe, PROMPTS[0], cutouts[:1], num_inference_steps=30, callback_on_step_end=cancel)
+    assert len(seen) == 2
+    assert stopped.shape == (1, 3, 64, 64)
+    assert torch.equal(draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1)), usual)
+
+
+def test_prompts_too_long_are_warned_of_with_what_was_cut(pipe, cutouts, caplog) -> None:
+    limit = pipe.tokenizer.model_max_length - 2
+    words = "a photo of a mug, on a beach"
+    while len(pipe.tokenizer(words, add_special_tokens=False).input_ids) <= limit:
+        words += " and a mug"
+    draw(pipe, PROMPTS[0], cutouts[:1], num_inference_steps=1)
+    assert "too long" not in caplog.text
+    draw(pipe, words + " in space", cutouts[:1], num_inference_steps=1)
+    assert "its end is not read" in caplog.text
+    assert "space'" in caplog.text
+
+
+# ---- What is left out, and what is kept
+
+
+def test_reference_cache_changes_no_pixel_and_is_never_stale(pipe, cutouts, monkeypatch) -> None:
+    def draws(refs=cutouts[:2], prompt=PROMPTS[0], **options):
+        return draw(pipe, prompt, refs, generator=seeds(1), **options)
+
+    usual = draws()
+    calls = count_passes(pipe, monkeypatch)
+    monkeypatch.setattr(pipe, "reference_cache", ReferenceCache(2**30))
+    expected_passes = 0
+    for options, passes in [
+        ({}, 3),
+        ({}, 0),
+        ({"image_guidance": 2.0, "strength": 0.5}, 0),
+        ({"refs": cutouts[:1]}, 3),
+        ({"refs": cutouts[1::-1]}, 3),
+        ({"prompt": PROMPTS[1]}, 3),
+        ({"prompt": PROMPTS}, 0),
+        ({"reference_caption": "object"}, 3),
+        ({"reference_noise": "fixed"}, 2),  # the first step's noise is the fixed one's
+        ({"height": 96}, 3),
+        ({"num_inference_steps": 2}, 1),  # its second t is another
+    ]:
+        found = draws(**options) if options.get("prompt") is not PROMPTS else draw(pipe, PROMPTS, cutouts[:2])
+        expected_passes += passes
+        assert len(calls) == expected_passes, options
+        if not options:
+            assert torch.equal(found, usual)
+    weight = next(pipe.reference_unet.parameters())
+    kept = weight.detach().clone()
+    weight.data[0] += 0.5
+    changed = draws()
+    assert len(calls) == expected_passes + 3
+    assert not torch.equal(changed, usual)
+    weight.data.copy_(kept)
+    assert torch.equal(draws(), usual)
+    assert len(calls) == expected_passes + 3
+
+
+def test_reference_cache_keeps_its_limit(pipe, cutouts, monkeypatch) -> None:
+    calls = count_passes(pipe, monkeypatch)
+    cache = ReferenceCache(2**30)
+    monkeypatch.setattr(pipe, "reference_cache", cache)
+    draw(pipe, PROMPTS[0], cutouts[:1])
+    per_step = cache.bytes // 3
+    pipe.reference_cache = cache = ReferenceCache(2 * per_step)
+    draw(pipe, PROMPTS[0], cutouts[:1])
+    assert (len(cache), cache.bytes) == (2, 2 * per_step)
+    calls.clear()
+    draw(pipe, PROMPTS[0], cutouts[:1])
+    assert len(calls) == 1  # the first steps are kept: a call larger than the cache does not sweep itself out
+    draw(pipe, PROMPTS[0], cutouts[1:2])  # another subject takes the place of the older one
+    calls.clear()
+    draw(pipe, PROMPTS[0], cutouts[1:2])
+    assert (len(calls), len(cache), cache.bytes) == (1, 2, 2 * per_step)
+    pipe.reference_cache = cache = ReferenceCache(per_step - 1)
+    draw(pipe, PROMPTS[0], cutouts[:1])
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_guidance_only_in_an_interval(pipe, cutouts) -> None:
+    sizes = []
+    hook = pipe.base_unet.conv_in.register_forward_hook(lambda layer, given, found: sizes.append(len(found)))
+    options = {"generator": seeds(1), "num_inference_steps": 4}
+    inside = draw(pipe, PROMPTS[0], cutouts, guidance_interval=(0.25, 0.75), **options)
+    assert sizes == [1, 3, 3, 1]
+    sizes.clear()
+    nowhere = draw(pipe, PROMPTS[0], cutouts, guidance_interval=(1.0, 1.0), **{**options, "generator": seeds(1)})
+    plain = {"image_guidance": 1.0, "text_guidance": 1.0, "generator": seeds(1)}
+    assert torch.equal(nowhere, draw(pipe, PROMPTS[0], cutouts, **{**options, **plain}))
+    assert sizes == [1] * 8
+    hook.remove()
+    assert (inside - nowhere).abs().max() > 0.01
+
+
+def test_references_read_every_other_step(pipe, cutouts, monkeypatch) -> None:
+    calls = count_passes(pipe, monkeypatch)
+    draw(pipe, PROMPTS[0], cutouts, num_inference_steps=5, reference_every=2)
+    pipe.scheduler.set_timesteps(5)
+    assert [int(t) for _, t, _ in calls] == pipe.scheduler.timesteps[::2].tolist()
+
+
+@pytest.mark.parametrize(("interval", "full"), [((0.0, 1.0), 3), ((0.2, 0.8), 4)])
+def test_deep_features_every_other_step_and_when_the_branches_change(pipe, cutouts, interval, full) -> None:
+    deep_runs = []
+    hook = pipe.base_unet.mid_block.register_forward_hook(lambda layer, given, found: deep_runs.append(1))
+    options = {"num_inference_steps": 5, "guidance_interval": interval}
+    usual = draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), **options)
+    assert len(deep_runs) == 5
+    found = draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), deep_every=2, **options)
+    hook.remove()
+    assert (
+        len(deep_runs) == 5 + {(0.0, 1.0): 3, (0.4, 0.8): 3}[interval]
+    )  # the set of branches changed before steps 2 and 4
+    assert 0 < (found - usual).abs().mean() < 0.3
+
+
+@torch.no_grad()
+def test_a_shallow_pass_with_its_own_deep_features_is_the_full_pass(base_unet, inputs) -> None:
+    given = (inputs["latents"], inputs["timesteps"], inputs["text"], None)
+    full, deep = full_pass(base_unet, *given)
+    torch.testing.assert_close(shallow_pass(base_unet, *given, deep), full)

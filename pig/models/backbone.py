@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pig import diffusion
-from pig.errors import InputError
+from pig.errors import InputError, check_named
 
+SchedulerName = Literal["unipc", "ddim", "dpm++"]
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "unipc": (UniPCMultistepScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),  # diffusers' defaults are for pixels
+    "dpm++": (DPMSolverMultistepScheduler, {}),
+}
 TOYWORLD = "toyworld"
 WEIGHTS = Path(__file__).parents[1] / "toyworld/weights"
 
@@ -63,6 +77,13 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
         ) from error
     check_prediction_type(backbone)
     return backbone
+
+
+def make_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> SchedulerMixin:
+    """UniPC (the paper's), DDIM or DPM-Solver++, with the noise schedule and prediction type of another's config."""
+    check_named("scheduler", name, tuple(SCHEDULERS))
+    kind, own = SCHEDULERS[name]
+    return kind.from_config(config, **own)
 
 
 def align(module: nn.Module) -> None:

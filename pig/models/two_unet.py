@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from pig.attention import (
     install_reference_attention,
     self_attention_layers,
 )
+from pig.models.deep_cache import full_pass, shallow_pass
 
 
 class TwoUNet(nn.Module):
@@ -75,19 +77,20 @@ class TwoUNet(nn.Module):
         # A new dict: gradient checkpointing runs the layers again and would write into this one.
         return {name: f_ref.unflatten(0, (-1, count)) for name, f_ref in collected.items()}
 
-    def project(self, features: Mapping[str, Tensor], *, plain: int, branches: int) -> ProjectedReferences:
-        """Keys and values of reference features (P, K, N, C) for all samples of a sampling step (see the class)."""
+    def project(self, features: Mapping[str, Tensor], **settings: Any) -> ProjectedReferences:
+        """Keys and values of reference features (P, K, N, C) for `sample`, where the samples are branches of the same
+        latents at the same t. `settings`: see `ProjectedReferences`."""
         layers = {name: self.base_unet.get_submodule(name) for name in self.layers}
         projected = {name: layer.processor.project(layer, features[name]) for name, layer in layers.items()}
         keys, values = ({name: pair[i] for name, pair in projected.items()} for i in (0, 1))
-        return ProjectedReferences(keys, values, plain, branches)
+        return ProjectedReferences(keys, values, alike_at=self.layers[0], **settings)
 
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
         text: Tensor,
-        references: Mapping[str, Tensor] | ProjectedReferences | None = None,
+        references: Mapping[str, Tensor] | None = None,
         *,
         dropped: Tensor | None = None,
     ) -> Tensor:
@@ -97,13 +100,31 @@ class TwoUNet(nn.Module):
             latents: (B, 4, h, w), noised.
             timesteps: (B,) long.
             text: (B, L, D).
-            references: what `encode_reference` returned (features with B = 1 serve all samples); or, in sampling, what
-                `project` made of it.
+            references: what `encode_reference` returned (features with B = 1 serve all samples).
             dropped: (B,) bool, samples whose references are left out.
         """
-        given = References(references, dropped) if isinstance(references, Mapping) else references
-        arguments = None if given is None else {"references": given}
+        arguments = None if references is None else {"references": References(references, dropped)}
         return self.base_unet(latents, timesteps, text, cross_attention_kwargs=arguments).sample
+
+    def sample(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        references: ProjectedReferences | None,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same in sampling, where `project` has made ready what the references give. Not for training.
+
+        deep: an earlier step's deep features of the same batch, to be used again in place of a full pass (DeepCache).
+
+        Returns:
+            The prediction (B, 4, h, w), and the deep features.
+        """
+        arguments = None if references is None else {"references": references}
+        if deep is None:
+            return full_pass(self.base_unet, latents, timesteps, text, arguments)
+        return shallow_pass(self.base_unet, latents, timesteps, text, arguments, deep), deep
 
     def trainable_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """The parameters that the paper trains, by group and by their names in this module.

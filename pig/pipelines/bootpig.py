@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, cast, get_args
 
 import psutil
 import torch
@@ -11,23 +14,38 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     ImagePipelineOutput,
+    SchedulerMixin,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pig import diffusion
-from pig.attention import Pooling
+from pig.attention import Pooling, ProjectedReferences
 from pig.data.transforms import cut_out, reference_picture, to_images, to_tensor
-from pig.errors import InputError
-from pig.models.backbone import align, check_size, decode_latents, encode_images, tokenize, vae_scale
+from pig.errors import InputError, check_named, check_ranges
+from pig.models.backbone import (
+    SchedulerName,
+    align,
+    check_size,
+    decode_latents,
+    encode_images,
+    make_scheduler,
+    tokenize,
+    vae_scale,
+)
 from pig.models.two_unet import TwoUNet
-from pig.pipelines.guidance import image_text_guidance
+from pig.pipelines.guidance import branch_weights
+from pig.pipelines.inpainting import KnownRegion
+from pig.pipelines.references import ReferenceCache, reference_reader
+
+log = logging.getLogger(__name__)
 
 ReferenceCaption = Literal["caption", "object"]
+ReferenceNoise = Literal["fresh", "fixed"]
+StepCallback = Callable[["BootPIGPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def reference_prompt(caption: str, kind: str) -> str:
@@ -53,7 +71,7 @@ class BootPIGPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         base_unet: UNet2DConditionModel,
         reference_unet: UNet2DConditionModel,
-        scheduler: UniPCMultistepScheduler,
+        scheduler: SchedulerMixin,
         pooling: str = "softmax",  # diffusers understands no Literal here; TwoUNet checks it
         reference_key_scale: float = 1.0,
         reference_timestep: int | None = None,
@@ -79,6 +97,11 @@ class BootPIGPipeline(DiffusionPipeline):
         self.model = TwoUNet(
             base_unet, reference_unet, pooling=cast(Pooling, pooling), reference_key_scale=reference_key_scale
         )
+        self.reference_cache: ReferenceCache | None = None
+
+    def use_scheduler(self, name: SchedulerName) -> None:
+        """Sample by `unipc` (paper), `ddim` or `dpm++` (DPM-Solver++), with the base model's own noise schedule."""
+        self.register_modules(scheduler=make_scheduler(name, self.scheduler.config))
 
     @torch.no_grad()
     def __call__(
@@ -88,12 +111,23 @@ class BootPIGPipeline(DiffusionPipeline):
         *,
         image_guidance: float = 5.0,
         text_guidance: float = 7.5,
+        strength: float = 1.0,
+        negative_prompt: str = "",
+        guidance_rescale: float = 0.0,
         num_inference_steps: int = 50,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         generator: Generator | list[Generator] | None = None,
-        reference_noise: Literal["fresh", "fixed"] = "fresh",
+        pooling: Pooling | None = None,
+        reference_caption: ReferenceCaption | None = None,
+        reference_noise: ReferenceNoise = "fresh",
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        reference_every: int = 1,
+        deep_every: int = 1,
+        callback_on_step_end: StepCallback | None = None,
         output_type: Literal["pil", "pt"] = "pil",
     ) -> ImagePipelineOutput:
         """Draw `num_images_per_prompt` images for each prompt.
@@ -102,73 +136,136 @@ class BootPIGPipeline(DiffusionPipeline):
             prompt: one or several.
             references: pictures of the subject (PIL; RGBA cut-outs, or RGB taken as they are), the same for all
                 prompts; or a list of such lists, one for each prompt, all of one length.
-            image_guidance, text_guidance: eta_im and eta_text+im of Eq. 4.
-            height, width: in pixels; by default what the base model was trained at.
+            image_guidance, text_guidance: eta_im and eta_text+im of Eq. 4: how closely to follow the references, and
+                the prompt. Where both are equal, one of the three branches is not needed, and a third of the work.
+            strength: of the references in every RSA layer: 0 is the Base UNet alone with `text_guidance` as
+                classifier-free guidance, 1 is BootPIG.
+            negative_prompt: what to keep away from: it stands in place of the empty prompt.
+            guidance_rescale: 0 to 1; brings the contrast of strongly guided images back (arXiv 2305.08891, 3.4).
+            height, width: in pixels; by default what the base model was trained at, or the size of `image`.
             generator: one for all images, or a list with one for each image, prompt by prompt.
+            pooling, reference_caption: in place of the model's own (see the class).
             reference_noise: the noise on the references is drawn afresh at every step, or once. It does not depend on
                 `generator`, so that one Reference-UNet pass serves all images of a prompt.
+            image, mask_image: inpainting: draw only where the mask is white; see `KnownRegion`.
+            guidance_interval: the share of the steps, (0, 1) for all, in which guidance is used (arXiv 2404.07724);
+                in the others there is one branch in place of three.
+            reference_every: read the references only at every so many steps.
+            deep_every: compute the Base UNet's deep features only at every so many steps (arXiv 2312.00858).
+            callback_on_step_end: as in diffusers: called with this pipeline, step, t and `{"latents": ...}`, whose
+                latents it may replace. Setting `pipeline._interrupt = True` ends the drawing as it stands.
             output_type: `pil`, or `pt`: (N, 3, H, W) in [-1, 1].
 
         Raises:
-            InputError: no references, a size the model cannot do, or more references than memory allows.
+            InputError: no references, a setting out of its range, a size the model cannot do, or more references than
+                memory allows.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        native = self.base_unet.config.sample_size * vae_scale(self.vae)
-        height, width = (native if side is None else side for side in (height, width))
-        check_size(self.vae, width, height)
         if num_images_per_prompt < 1 or num_inference_steps < 1 or not prompts:
             raise InputError("give at least one prompt, one image per prompt and one step")
-        if min(image_guidance, text_guidance) < 0:
-            raise InputError(f"guidance must be at least 0, got image {image_guidance}, text {text_guidance}")
+        check_ranges(
+            image_guidance=(image_guidance, 0, math.inf),
+            text_guidance=(text_guidance, 0, math.inf),
+            strength=(strength, 0, 1),
+            guidance_rescale=(guidance_rescale, 0, 1),
+            guidance_interval=(guidance_interval[0], 0, guidance_interval[1]),
+            reference_every=(reference_every, 1, math.inf),
+            deep_every=(deep_every, 1, math.inf),
+        )
+        check_named("pooling", pooling, (None, *get_args(Pooling)))
+        check_named("reference_caption", reference_caption, (None, *get_args(ReferenceCaption)))
+        check_named("reference_noise", reference_noise, get_args(ReferenceNoise))
+        if (image is None) != (mask_image is None):
+            raise InputError("inpainting needs both the picture (image) and its mask (mask_image)")
+        native = self.base_unet.config.sample_size * vae_scale(self.vae)
+        own = (native, native) if image is None else (image.height, image.width)
+        height, width = (own[0] if height is None else height, own[1] if width is None else width)
+        check_size(self.vae, width, height)
+        if image is not None and image.size != (width, height):
+            raise InputError(f"inpainting keeps the picture's size {image.size}; leave height and width away")
         per_prompt = self._references_of(prompts, references)
         side = max(height, width)
         self._check_memory(len(prompts), len(per_prompt[0]), num_images_per_prompt, side)
 
         # What the Reference UNet finds depends on pictures and caption: prompts that share both share one pass.
+        caption_kind = self.config.reference_caption if reference_caption is None else reference_caption
         asked = [
-            (tuple(map(id, pictures)), reference_prompt(one, self.config.reference_caption))
+            (tuple(map(id, pictures)), reference_prompt(one, caption_kind))
             for pictures, one in zip(per_prompt, prompts, strict=True)
         ]
         groups = list(dict.fromkeys(asked))
         z_ref = torch.stack([self._encode_references(per_prompt[asked.index(group)], side) for group in groups])
-        reference_text = self._encode_text([caption for _, caption in groups])
-        group_of_prompt = None if len(groups) in (1, len(prompts)) else [groups.index(one) for one in asked]
-        text = self._encode_text(prompts).repeat_interleave(num_images_per_prompt, dim=0)
-        empty = self._encode_text([""]).expand_as(text)
-        conditions = torch.cat([empty, empty, text])
+        captions = self._encode_text([caption for _, caption in groups])
+        read = reference_reader(self.model, z_ref, captions, self.scheduler.alphas_cumprod, self.reference_cache)
+        in_blocks = asked == [group for group in groups for _ in range(len(asked) // len(groups))]
+        group_of_prompt = None if in_blocks else [groups.index(one) for one in asked]
 
-        count = len(prompts) * num_images_per_prompt
+        text = self._encode_text(prompts).repeat_interleave(num_images_per_prompt, dim=0)
+        empty = self._encode_text([negative_prompt]).expand_as(text)
+        conditions = {"uncond": empty, "im": empty, "text_im": text}
+        # At strength 0 "im" would be "uncond" once more: with equal guidances it falls away.
+        guided_by = branch_weights(image_guidance if strength > 0 else text_guidance, text_guidance)
+
+        count = len(text)
         factor = vae_scale(self.vae)
         shape = (count, self.base_unet.config.in_channels, height // factor, width // factor)
-        latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=text.dtype)
+        noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=text.dtype)
+        known = None if image is None or mask_image is None else KnownRegion(self.vae, image, mask_image, noise)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        latents = latents * self.scheduler.init_noise_sigma
+        timesteps = self.scheduler.timesteps
+        latents = noise * self.scheduler.init_noise_sigma
+        self._interrupt = False
 
-        for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            noise_seed = step if reference_noise == "fresh" else 0
-            features = self._read_references(z_ref, t, reference_text, noise_seed)
-            if group_of_prompt is not None:
-                features = {name: f[group_of_prompt] for name, f in features.items()}
+        projected: ProjectedReferences | None = None
+        read_at, deep, deep_of = None, None, None
+        for step, t in enumerate(self.progress_bar(timesteps)):
+            low, high = guidance_interval
+            weights = guided_by if low <= step / len(timesteps) < high else {"text_im": 1.0}
+            plain = count if "uncond" in weights else 0
+            branches = len(weights) - (plain > 0)
+            asking = None
+            if strength > 0 and branches:
+                reference_step = step - step % reference_every
+                at = self._noise_level(timesteps[reference_step], reference_step, reference_noise)
+                if at != read_at:
+                    features, read_at = read(*at), at
+                    if group_of_prompt is not None:
+                        features = {name: f[group_of_prompt] for name, f in features.items()}
+                    projected = self.model.project(features, pooling=pooling, strength=strength)
+                assert projected is not None
+                asking = replace(projected, plain=plain, branches=branches)
             # One batch: e_uncond, which has no references, then e_im and e_text_im, which share theirs.
-            projected = self.model.project(features, plain=count, branches=2)
-            e_uncond, e_im, e_text_im = self.model(
-                latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected
-            ).chunk(3)
-            guided = image_text_guidance(e_uncond, e_im, e_text_im, image_guidance, text_guidance)
+            if step % deep_every == 0 or deep_of != list(weights):
+                deep, deep_of = None, list(weights)
+            predicted, deep = self.model.sample(
+                self.scheduler.scale_model_input(latents, t).repeat(len(weights), 1, 1, 1),
+                t.expand(len(weights) * count),
+                torch.cat([conditions[branch] for branch in weights]),
+                asking,
+                deep,
+            )
+            e = dict(zip(weights, predicted.chunk(len(weights)), strict=True))
+            guided = sum((weight * e[branch] for branch, weight in weights.items()), start=torch.zeros_like(noise))
+            if guidance_rescale > 0 and "text_im" in e:
+                guided = rescale_noise_cfg(guided, e["text_im"], guidance_rescale)
             latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
+            if known is not None:
+                level = timesteps[step + 1] if step + 1 < len(timesteps) else None
+                latents = known.blend(latents, self.scheduler, level)
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, t, {"latents": latents}).get("latents", latents)
+            if self._interrupt:
+                break
 
         images = torch.cat([decode_latents(self.vae, one) for one in latents.split(1)])  # one at a time: memory
+        if known is not None:
+            images = known.paste(images)
         return ImagePipelineOutput(images=to_images(images) if output_type == "pil" else images)
 
-    def _read_references(self, z_ref: Tensor, t: Tensor, text: Tensor, noise_seed: int) -> dict[str, Tensor]:
-        """One Reference-UNet pass. z_ref: (P, K, 4, h, w), P groups -> layer name -> (P, K, N, C)."""
-        if self.config.reference_timestep is not None:
-            t = torch.full_like(t, self.config.reference_timestep)
-        generator = torch.Generator().manual_seed(noise_seed)
-        noise = torch.randn(z_ref.shape[1:], generator=generator).to(z_ref).expand_as(z_ref)
-        alpha, sigma = diffusion.alpha_sigma(self.scheduler.alphas_cumprod, t.view(1).long())
-        z_ref_t = diffusion.add_noise(z_ref, noise, alpha.to(z_ref), sigma.to(z_ref))
-        return self.model.encode_reference(z_ref_t, t.expand(len(z_ref)), text)
+    def _noise_level(self, t: Tensor, step: int, reference_noise: ReferenceNoise) -> tuple[int, int]:
+        """At which t the references are read in a step, and the seed of their noise."""
+        fixed = self.config.reference_timestep
+        return int(t) if fixed is None else fixed, step if reference_noise == "fresh" else 0
 
     def _references_of(self, prompts: list[str], references: Sequence) -> list[list[Image.Image]]:
         if not references or any(not one for one in references if not isinstance(one, Image.Image)):
@@ -187,6 +284,10 @@ class BootPIGPipeline(DiffusionPipeline):
         return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
 
     def _encode_text(self, texts: list[str]) -> Tensor:
+        for one in dict.fromkeys(texts):
+            cut = self.tokenizer(one, add_special_tokens=False).input_ids[self.tokenizer.model_max_length - 2 :]
+            if cut:
+                log.warning("the prompt is too long, its end is not read: %r", self.tokenizer.decode(cut))
         return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
 
     def _check_memory(self, prompts: int, references: int, images: int, side: int) -> None:
