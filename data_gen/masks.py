@@ -10,14 +10,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from data_gen.config import MasksConfig
 from data_gen.samples import Report, batches, read_samples, save_png, write_lines
 from pig.data.transforms import load_image, reference_picture
-from pig.errors import InputError
 from pig.models.encoders import load_clip
-from pig.models.segmenters import automatic_masks, encode, load_sam, masks_in_box
+from pig.models.segmenters import (
+    automatic_masks,
+    best_boxes,
+    encode,
+    is_background,
+    load_detector,
+    load_sam,
+    masks_for,
+)
 
 DONE = "masks.jsonl"
 
@@ -62,6 +68,7 @@ class AutomaticMasks:
         found = []
         for array, feature, text in zip(arrays, features, texts, strict=True):
             masks = [mask.mask for mask in automatic_masks(self.sam.model, feature[None], array, **self.settings)]
+            # CLIP alone falls for the hole that an object leaves in its background.
             masks = [mask for mask in masks if mask.any() and not is_background(mask)]
             if masks:
                 scores = self.clip.images([cut(array, mask) for mask in masks]) @ text
@@ -78,28 +85,20 @@ class GroundedMasks:
     def __init__(self, config: MasksConfig, device: str) -> None:
         from transformers import AutoModelForZeroShotObjectDetection
 
-        self.model, self.processor = _detector(AutoModelForZeroShotObjectDetection, config, device)
+        self.detector = load_detector(AutoModelForZeroShotObjectDetection, str(config.detector), device)
         self.sam = BatchedSam(config, device)
         self.threshold = config.threshold
 
-    @torch.no_grad()
     def find(self, images: Sequence[Image.Image], phrases: Sequence[str]) -> list[Found]:
-        prompts = [phrase.lower().strip(". ") + "." for phrase in phrases]  # the form it was trained on
-        inputs = self.processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
-        outputs = self.model(**inputs.to(self.model.device))
-        sizes = [(image.height, image.width) for image in images]
-        boxes = self.processor.post_process_grounded_object_detection(
-            outputs, inputs.input_ids, threshold=self.threshold, text_threshold=self.threshold, target_sizes=sizes
-        )
-        features = self.sam.encode([np.asarray(image) for image in images])
+        boxes = best_boxes(*self.detector, images, phrases, self.threshold)
+        arrays = [np.asarray(image) for image in images]
         found = []
-        for box, feature, size in zip(boxes, features, sizes, strict=True):
-            if len(box["scores"]):
-                best = int(box["scores"].argmax())
-                mask = masks_in_box(self.sam.model, feature[None], size, box["boxes"][best].tolist())[0]
-                found.append(Found(mask.mask, float(box["scores"][best])))
-            else:
+        for box, array, feature in zip(boxes, arrays, self.sam.encode(arrays), strict=True):
+            if box is None:
                 found.append(NOTHING)
+            else:
+                masks = masks_for(self.sam.model, feature[None], array.shape[:2], box=box[0])
+                found.append(Found(masks[0].mask, box[1]))
         return found
 
 
@@ -109,7 +108,7 @@ class Sam3Masks:
     def __init__(self, config: MasksConfig, device: str) -> None:
         from transformers import Sam3Model
 
-        self.model, self.processor = _detector(Sam3Model, config, device)
+        self.model, self.processor = load_detector(Sam3Model, str(config.detector), device)
         self.threshold = config.threshold
 
     @torch.no_grad()
@@ -129,11 +128,6 @@ class Sam3Masks:
         return found
 
 
-def is_background(mask: np.ndarray) -> bool:
-    """Whether a mask touches three sides of the picture or more. (CLIP alone falls for the hole an object leaves.)"""
-    return sum(bool(side.any()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) >= 3
-
-
 class BatchedSam:
     """SAM and its encoder's settings: bf16 on GPUs; compiled for one shape of batch, to which batches are filled up."""
 
@@ -147,16 +141,6 @@ class BatchedSam:
     def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         filled = [*images, *[images[-1]] * (self.fill_up_to - len(images))]
         return encode(self.model, filled, self.dtype)[: len(images)]
-
-
-def _detector(kind: Any, config: MasksConfig, device: str) -> tuple[Any, Any]:
-    from transformers import AutoProcessor
-
-    try:
-        model = kind.from_pretrained(config.detector).to(device).eval()
-        return model, AutoProcessor.from_pretrained(config.detector)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"cannot load masks.detector={config.detector!r}: {str(error).splitlines()[0]}") from error
 
 
 def cut(image: np.ndarray, mask: np.ndarray) -> Image.Image:

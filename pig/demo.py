@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from pig.cli import load_pipeline
 from pig.data.grids import labelled_grid
 from pig.data.images import MANIFEST, Job, save_generated
 from pig.data.schema import Batch
@@ -33,10 +33,10 @@ from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.evaluation.benchmark import score_folder
 from pig.evaluation.report import read_curve, score_table, write_report
+from pig.generate import cut_out_all, draw_jobs, load_pipeline
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import TOYWORLD, WEIGHTS
 from pig.models.encoders import DinoEncoder, load_clip
-from pig.pipelines import BootPIGPipeline
 from pig.toyworld import scene
 
 CONFIG = Path("configs/bootpig/toyworld.yaml")
@@ -83,6 +83,8 @@ def main() -> None:
         resume = {"ckpt_path": last} if last.exists() else {}
         run("pig.cli", "fit", **{"config": CONFIG, "run": out, "data.shards": triplets, **resume})
         run("pig.cli", "export", checkpoint=last, out=out / "export")
+        for name in ("trained_1_reference", "trained_3_references"):  # another model's
+            shutil.rmtree(condition_folder(out, name), ignore_errors=True)
 
     subjects = read_subjects(data / "subjects")
     draw_all(out, subjects)
@@ -172,11 +174,14 @@ def jobs_of(subjects: Sequence[SubjectFolder]) -> list[Job]:
 def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     jobs = jobs_of(subjects)
     draw_with_base(jobs, condition_folder(out, "no_reference"))
-    untrained = BootPIG(TOYWORLD).pipeline()
-    draw_with_bootpig(untrained, jobs, 1, condition_folder(out, "untrained"), "BootPIG, untrained")
-    trained = load_pipeline(out / "export")
-    for name, references in (("trained_1_reference", 1), ("trained_3_references", 3)):
-        draw_with_bootpig(trained, jobs, references, condition_folder(out, name), "BootPIG")
+    untrained, trained = BootPIG(TOYWORLD).pipeline(), load_pipeline(out / "export")
+    for name, pipeline, references in (
+        ("untrained", untrained, 1),
+        ("trained_1_reference", trained, 1),
+        ("trained_3_references", trained, 3),
+    ):
+        cutouts = cut_out_all(subjects, references, None, None)
+        draw_jobs(pipeline, jobs, cutouts, condition_folder(out, name), SAMPLING, batch_size=SAMPLING_BATCH)
     draw_truth(jobs, condition_folder(out, "upper_bound"))
 
 
@@ -202,18 +207,6 @@ def draw_with_base(jobs: Sequence[Job], folder: Path) -> None:
         ).images
         for job, image in zip(batch, images, strict=True):
             save_generated(folder, job, image, method="base model", settings={"guidance_scale": BASE_GUIDANCE})
-
-
-def draw_with_bootpig(
-    pipeline: BootPIGPipeline, jobs: Sequence[Job], references: int, folder: Path, method: str
-) -> None:
-    pipeline.set_progress_bar_config(disable=True)
-    for batch in fresh(folder, jobs):
-        pictures = [job.subject.references(references) for job in batch]
-        prompts = [job.prompt for job in batch]
-        images = pipeline(prompts, pictures, generator=generators(batch), **SAMPLING).images
-        for job, image in zip(batch, images, strict=True):
-            save_generated(folder, job, image, method=method, settings={**SAMPLING, "references": references})
 
 
 def draw_truth(jobs: Sequence[Job], folder: Path) -> None:

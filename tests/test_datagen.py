@@ -56,7 +56,7 @@ from pig.data.shards import decode_triplet, find_shards, read_shard
 from pig.errors import InputError
 from pig.models.backbone import WEIGHTS
 from pig.models.encoders import load_clip
-from pig.models.segmenters import encode, load_sam, masks_in_box
+from pig.models.segmenters import encode, load_sam, masks_for
 from pig.toyworld import scene
 
 CONFIG = Path(__file__).parents[1] / "configs/datagen/toyworld.yaml"
@@ -329,7 +329,7 @@ def test_the_toy_sam_finds_held_out_objects() -> None:
         inside = drawing.mask > 127
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-        found = masks_in_box(sam, encode(sam, [drawing.image]), (64, 64), box)[0].mask
+        found = masks_for(sam, encode(sam, [drawing.image]), (64, 64), box=box)[0].mask
         overlaps.append((found & inside).sum() / (found | inside).sum())
     assert np.mean(overlaps) > 0.85
 
@@ -346,7 +346,7 @@ def test_batched_features_are_those_of_the_packages_own_predictor() -> None:
         torch.testing.assert_close(feature[None], predictor.features, rtol=1e-4, atol=1e-4)
         box = np.array([5, 5, 30, 30])
         expected, quality_, _ = predictor.predict(box=box)
-        ours = masks_in_box(sam, feature[None], picture.shape[:2], box)
+        ours = masks_for(sam, feature[None], picture.shape[:2], box=box)
         assert (ours[0].mask != expected[quality_.argmax()]).mean() < 0.001
 
 
@@ -429,7 +429,7 @@ def test_masks_by_phrase(tmp_path, method, make) -> None:
     assert [f.mask.shape for f in found if f.mask is not None] == [(64, 64)] * 2
     never = masks.make_segmenter(replace(config, threshold=1.0), "cpu").find(noise_pictures(), ["red mug", "boat"])
     assert [f.mask for f in never] == [None, None]
-    with pytest.raises(InputError, match="masks.detector"):
+    with pytest.raises(InputError, match="cannot load the detector"):
         masks.make_segmenter(replace(config, detector=str(tmp_path / "none")), "cpu")
 
 

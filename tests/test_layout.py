@@ -18,8 +18,9 @@ ALLOWED = {
     "evaluation": {"models"},
     "callbacks": {"methods", "evaluation", "models"},
     "toyworld": {"methods", "models"},
-    "cli": {"methods", "evaluation", "pipelines", "models"},
-    "demo": {"cli", "methods", "evaluation", "pipelines", "models"},
+    "generate": {"attention", "methods", "models", "pipelines"},
+    "cli": {"generate", "methods", "evaluation", "pipelines", "models"},
+    "demo": {"generate", "methods", "evaluation", "pipelines", "models"},
 }
 
 

@@ -29,12 +29,19 @@ class Job:
     def prompt(self) -> str:
         return self.subject.prompts[self.prompt_index]
 
+    @property
+    def file(self) -> str:
+        return f"{self.subject.name}/{self.prompt_index}/{self.seed}.png"
+
 
 def save_generated(
-    folder: Path, job: Job, image: Image.Image, *, method: str, settings: Mapping[str, Any]
+    folder: Path, job: Job, image: Image.Image, *, method: str, settings: Mapping[str, Any], manifest: str = MANIFEST
 ) -> GeneratedImage:
-    """Save the image at its place and append its line to the manifest."""
-    file = Path(job.subject.name) / str(job.prompt_index) / f"{job.seed}.png"
+    """Save the image at its place and append its line to the manifest.
+
+    manifest: another name, `manifest-*.jsonl`, where several processes draw into one folder.
+    """
+    file = Path(job.file)
     line = GeneratedImage(
         subject=job.subject.name,
         class_noun=job.subject.class_noun,
@@ -45,14 +52,31 @@ def save_generated(
         method=method,
         settings=settings,
     )
-    if (folder / file).exists() and (folder / MANIFEST).exists():  # drawn again: its old line no longer holds
-        kept = [old for old in (folder / MANIFEST).read_text().splitlines() if json.loads(old)["file"] != str(file)]
-        (folder / MANIFEST).write_text("".join(old + "\n" for old in kept))
+    lines = folder / manifest
+    if (folder / file).exists() and lines.exists():  # drawn again: its old line no longer holds
+        kept = [old for old in lines.read_text().splitlines() if _line_of(old) not in (None, str(file))]
+        lines.write_text("".join(old + "\n" for old in kept))
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    image.save(folder / file)
-    with (folder / MANIFEST).open("a") as manifest:
-        manifest.write(json.dumps(asdict(line)) + "\n")
+    partial = (folder / file).with_suffix(".tmp")
+    image.save(partial, format="PNG")
+    partial.replace(folder / file)  # so that a run that is killed leaves no torn image
+    with lines.open("a") as stream:
+        stream.write(json.dumps(asdict(line)) + "\n")
     return line
+
+
+def _line_of(text: str) -> str | None:
+    """The file that a manifest's line is about; None for a line torn by a kill."""
+    try:
+        return json.loads(text)["file"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """file -> its line in `manifest.jsonl` or `manifest-*.jsonl`; torn lines are left out."""
+    texts = [text for path in sorted(folder.glob("manifest*.jsonl")) for text in path.read_text().splitlines()]
+    return {file: json.loads(text) for text in texts if (file := _line_of(text)) is not None}
 
 
 def read_generated(folder: Path, subjects: Sequence[SubjectFolder]) -> list[tuple[Job, Path]]:

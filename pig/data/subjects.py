@@ -10,15 +10,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
-from pig.data.transforms import cut_out, load_image
+from pig.data.transforms import cut_out, has_alpha, load_image
 from pig.errors import InputError
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = frozenset({"cat", "dog", "fish"})
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Segment(Protocol):
+    """Finds an object's mask (L, of the image's size) in a picture (RGB)."""
+
+    def __call__(self, image: Image.Image, noun: str) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ class SubjectFolder:
     def live(self) -> bool:
         return self.class_noun in LIVE_CLASSES
 
-    def references(self, count: int | None = None) -> list[Image.Image]:
-        """The first `count` pictures as RGBA cut-outs, with their masks where there are any."""
-        return [load_cutout(path) for path in self.images[:count]]
+    def references(self, count: int | None = None, segment: Segment | None = None) -> list[Image.Image]:
+        """The first `count` pictures as RGBA cut-outs; see `load_cutout`."""
+        return [load_cutout(path, segment, self.class_noun) for path in self.images[:count]]
 
 
 def is_picture(path: Path) -> bool:
@@ -48,25 +55,40 @@ def mask_path(image: Path) -> Path:
     return image.with_suffix(".mask.png")
 
 
-def load_cutout(path: Path) -> Image.Image:
-    mask = mask_path(path)
+def load_cutout(path: Path, segment: Segment | None = None, noun: str = "") -> Image.Image:
+    """RGBA: the object of a picture, by the picture's own alpha, else by `NAME.mask.png`, else by `segment` (told
+    the noun for it); without any of them the whole picture.
+
+    Raises:
+        InputError: names the picture that cannot be read, or whose object is not found.
+    """
+    image, mask = load_image(path), mask_path(path)
     try:
-        return cut_out(load_image(path), load_image(mask).convert("L") if mask.exists() else None)
+        if has_alpha(image):
+            return cut_out(image)
+        if mask.exists():
+            return cut_out(image, load_image(mask).convert("L"))
+        return cut_out(image, None if segment is None else segment(image, noun))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def read_subjects(folder: str | Path) -> list[SubjectFolder]:
+def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[SubjectFolder]:
     """All subjects, in the order of the prompts file.
+
+    prompts_file: instead of the folder's own `prompts_and_classes.txt`.
 
     Raises:
         InputError: no such folder or prompts file, or a subject without pictures.
     """
     folder = Path(folder)
+    listing = prompts_file or folder / PROMPTS_FILE
+    if not folder.is_dir():
+        raise InputError(f"there is no subjects folder {folder}")
     try:
-        text = (folder / PROMPTS_FILE).read_text()
-    except OSError as error:
-        raise InputError(f"{folder} is no subjects folder: cannot read {PROMPTS_FILE} ({error})") from error
+        text = listing.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder} is no subjects folder: cannot read {listing} ({error})") from error
     classes = re.findall(r"^([\w-]+),([\w -]+)$", text, re.MULTILINE)
     templates = {
         kind: re.findall(r"""^['"](.+?)['"]\.format""", section, re.MULTILINE)
@@ -82,10 +104,10 @@ def read_subjects(folder: str | Path) -> list[SubjectFolder]:
         kind = "Live Subject" if noun in LIVE_CLASSES else "Object"
         prompts = tuple(fill_prompt(template, noun) for template in templates.get(kind, []))
         if not prompts:
-            raise InputError(f"{folder / PROMPTS_FILE} has no prompts under `{kind} Prompts`")
+            raise InputError(f"{listing} has no prompts under `{kind} Prompts`")
         subjects.append(SubjectFolder(name, noun, images, prompts))
     if not subjects:
-        raise InputError(f"{folder / PROMPTS_FILE} names no subject (lines `subject,class`)")
+        raise InputError(f"{listing} names no subject (lines `subject,class`)")
     return subjects
 
 

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 from pig.errors import InputError
 
 WHITE = (255, 255, 255)
+MAX_PIXELS = 80 * 10**6  # below PIL's own limit against decompression bombs; a picture of that size takes 320 MB
 # What PIL raises for files that are no pictures, or damaged ones (a broken PNG is a SyntaxError to it).
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -29,8 +30,14 @@ def load_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} is {image.width}x{image.height}, more than {MAX_PIXELS // 10**6} megapixels: shrink it"
+                )
             image.load()
             return normalise(image)
+    except InputError:
+        raise
     except UNDECODABLE as error:
         raise InputError(f"cannot read image {path}: {error}") from error
 
@@ -41,6 +48,11 @@ def normalise(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: PIL's convert would clip instead of scale
         image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether the alpha channel says anything: an RGBA picture that is opaque all over says nothing."""
+    return image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255)
 
 
 def cut_out(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:

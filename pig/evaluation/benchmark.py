@@ -14,6 +14,10 @@ from pig.models.encoders import Clip, DinoEncoder
 
 def score_folder(images: Path, subjects: list[SubjectFolder], clip: Clip, dino: DinoEncoder) -> dict[str, float]:
     """DINO, CLIP-I, CLIP-T and background accuracy of the images, as `SubjectScores` defines them."""
+    return score_subjects(images, subjects, clip, dino).compute()
+
+
+def score_subjects(images: Path, subjects: list[SubjectFolder], clip: Clip, dino: DinoEncoder) -> SubjectScores:
     scores = SubjectScores(len(subjects), clip, dino)
     order = {subject.name: index for index, subject in enumerate(subjects)}
     for name, group in groupby(read_generated(images, subjects), key=lambda found: found[0].subject.name):
@@ -26,4 +30,4 @@ def score_folder(images: Path, subjects: list[SubjectFolder], clip: Clip, dino: 
             [load_image(path) for path in subject.images],
             subject.prompts,
         )
-    return scores.compute()
+    return scores

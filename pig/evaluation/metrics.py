@@ -33,8 +33,12 @@ class SubjectMean(Metric):
         self.count[subject] += values.numel()
 
     def compute(self) -> Tensor:
+        return self.per_subject().mean()
+
+    def per_subject(self) -> Tensor:
+        """The means of the subjects that have values."""
         seen = self.count > 0
-        return (self.total[seen] / self.count[seen]).mean()
+        return self.total[seen] / self.count[seen]
 
 
 class SubjectScores:

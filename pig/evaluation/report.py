@@ -5,10 +5,16 @@ from __future__ import annotations
 import base64
 import csv
 import html
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.table import Table
+
+from pig.evaluation.statistics import interval
 
 Scores = Mapping[str, Mapping[str, float]]  # condition -> score -> value
 
@@ -48,6 +54,55 @@ def _curve_svg(curve: Sequence[tuple[int, float]], width: int = 640, height: int
         f'<text x="40" y="{height - 4}">step {steps[0]}</text>'
         f'<text x="{width - 10}" y="{height - 4}" text-anchor="end">{steps[-1]}</text></svg>'
     )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method or setting: the scores of each subject by the score's name (`dino`, `clip_t`)."""
+
+    name: str
+    scores: Mapping[str, Sequence[float]]
+
+
+def plane_svg(points: Sequence[Point], width: int = 720, height: int = 480) -> str:
+    """Prompt fidelity (CLIP-T) across, subject fidelity (DINO) up, with 95 % intervals: DreamBlend's Fig. 6."""
+    xs = [(np.mean(p.scores["clip_t"]), *interval(p.scores["clip_t"])) for p in points]
+    ys = [(np.mean(p.scores["dino"]), *interval(p.scores["dino"])) for p in points]
+    left, bottom, margin = 56, height - 44, 16
+
+    def scale(values: Sequence[tuple[float, ...]], start: float, end: float) -> tuple[Callable[[float], float], Any]:
+        low, high = min(v[1] for v in values), max(v[2] for v in values)
+        step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8 or s == 0.5)
+        low, high = math.floor(low / step) * step, math.ceil(high / step + 1e-9) * step
+        ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
+        return lambda value: start + (value - low) / (high - low) * (end - start), ticks
+
+    x_of, x_ticks = scale(xs, left, width - margin)
+    y_of, y_ticks = scale(ys, bottom, margin)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui,sans-serif" '
+        f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="#fff"/>'
+    ]
+    for tick in x_ticks:
+        at = x_of(tick)
+        parts.append(f'<path d="M{at:.1f} {margin}V{bottom}" stroke="#e5e5e5"/>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.2f}</text>')
+    for tick in y_ticks:
+        at = y_of(tick)
+        parts.append(f'<path d="M{left} {at:.1f}H{width - margin}" stroke="#e5e5e5"/>')
+        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
+    for point, (x, x_low, x_high), (y, y_low, y_high) in zip(points, xs, ys, strict=True):
+        at_x, at_y = x_of(x), y_of(y)
+        parts.append(
+            f'<path d="M{x_of(x_low):.1f} {at_y:.1f}H{x_of(x_high):.1f}M{at_x:.1f} {y_of(y_low):.1f}V{y_of(y_high):.1f}" '
+            f'stroke="#9cb" fill="none"/><circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="#175"/>'
+            f'<text x="{at_x + 6:.1f}" y="{at_y - 6:.1f}">{html.escape(point.name)}</text>'
+        )
+    parts.append(f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">CLIP-T (prompt)</text>')
+    parts.append(
+        f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">DINO (subject)</text></svg>'
+    )
+    return "".join(parts)
 
 
 def write_report(

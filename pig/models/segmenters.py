@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor
+from transformers import AutoProcessor
 
 from pig.errors import InputError
 from pig.models.backbone import resolve
@@ -143,13 +146,64 @@ class Mask:
     predicted_iou: float
 
 
-def masks_in_box(sam: Sam, features: Tensor, size: tuple[int, int], box: Sequence[float]) -> list[Mask]:
-    """SAM's three masks for a box (x0, y0, x1, y1) in pixels of a picture of `size` (H, W), the best first."""
+def masks_for(
+    sam: Sam,
+    features: Tensor,
+    size: tuple[int, int],
+    *,
+    box: Sequence[float] | None = None,
+    point: Sequence[float] | None = None,
+) -> list[Mask]:
+    """SAM's three masks for a box (x0, y0, x1, y1) or a point (x, y) on the object, or both, in pixels of a picture of
+    `size` (H, W); the best first."""
     predictor = EncodedPredictor(sam)
     predictor.use(features, size)
-    masks, quality, _ = predictor.predict(box=np.asarray(box, dtype=np.float32), multimask_output=True)
+    masks, quality, _ = predictor.predict(
+        box=None if box is None else np.asarray(box, dtype=np.float32),
+        point_coords=None if point is None else np.asarray([point], dtype=np.float32),
+        point_labels=None if point is None else np.ones(1),
+        multimask_output=True,
+    )
     found = [Mask(mask, float(iou)) for mask, iou in zip(masks, quality, strict=True)]
     return sorted(found, key=lambda mask: -mask.predicted_iou)
+
+
+def is_background(mask: np.ndarray) -> bool:
+    """Whether a mask touches three sides of the picture or more."""
+    return sum(bool(side.any()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) >= 3
+
+
+def load_detector(kind: Any, name: str, device: str) -> tuple[Any, Any]:
+    """A model of transformers' class `kind`, and its processor.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(name).to(device).eval(), AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"cannot load the detector {name!r}: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def best_boxes(
+    model: Any, processor: Any, images: Sequence[Image.Image], phrases: Sequence[str], threshold: float
+) -> list[tuple[list[float], float] | None]:
+    """Grounding DINO's surest box (x0, y0, x1, y1; pixels) for each phrase in its picture, and how sure; None: none."""
+    prompts = [phrase.lower().strip(". ") + "." for phrase in phrases]  # the form it was trained on
+    inputs = processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
+    found = processor.post_process_grounded_object_detection(
+        model(**inputs.to(model.device)),
+        inputs.input_ids,
+        threshold=threshold,
+        text_threshold=threshold,
+        target_sizes=[(image.height, image.width) for image in images],
+    )
+    surest = [int(one["scores"].argmax()) if len(one["scores"]) else None for one in found]
+    return [
+        None if best is None else (one["boxes"][best].tolist(), float(one["scores"][best]))
+        for one, best in zip(found, surest, strict=True)
+    ]
 
 
 def automatic_masks(sam: Sam, features: Tensor, image: np.ndarray, **settings: Any) -> list[Mask]:

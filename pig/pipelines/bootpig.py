@@ -185,8 +185,6 @@ class BootPIGPipeline(DiffusionPipeline):
             raise InputError(f"inpainting keeps the picture's size {image.size}; leave height and width away")
         per_prompt = self._references_of(prompts, references)
         side = max(height, width)
-        self._check_memory(len(prompts), len(per_prompt[0]), num_images_per_prompt, side)
-
         # What the Reference UNet finds depends on pictures and caption: prompts that share both share one pass.
         caption_kind = self.config.reference_caption if reference_caption is None else reference_caption
         asked = [
@@ -194,6 +192,7 @@ class BootPIGPipeline(DiffusionPipeline):
             for pictures, one in zip(per_prompt, prompts, strict=True)
         ]
         groups = list(dict.fromkeys(asked))
+        self._check_memory(len(groups), len(per_prompt[0]), len(prompts) * num_images_per_prompt, side)
         z_ref = torch.stack([self._encode_references(per_prompt[asked.index(group)], side) for group in groups])
         captions = self._encode_text([caption for _, caption in groups])
         read = reference_reader(self.model, z_ref, captions, self.scheduler.alphas_cumprod, self.reference_cache)
@@ -290,7 +289,7 @@ class BootPIGPipeline(DiffusionPipeline):
                 log.warning("the prompt is too long, its end is not read: %r", self.tokenizer.decode(cut))
         return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
 
-    def _check_memory(self, prompts: int, references: int, images: int, side: int) -> None:
+    def _check_memory(self, groups: int, references: int, images: int, side: int) -> None:
         """Refuse before the first step what will not fit, by count: all features, the pass that makes them (its skip
         connections, and some 40 tensors of the widest layer), and one RSA layer's outputs for each reference."""
         factor, levels, sizes = vae_scale(self.vae), len(self.base_unet.config.block_out_channels), []
@@ -300,12 +299,12 @@ class BootPIGPipeline(DiffusionPipeline):
             depth = {"down_blocks": index, "mid_block": levels - 1, "up_blocks": levels - 1 - index}[kind]
             channels = self.base_unet.get_submodule(name).to_q.in_features
             sizes.append((side // (factor * 2**depth)) ** 2 * channels)
-        per_reference = 2 * sum(sizes) + (2 * images + 40) * max(sizes)
-        needed = prompts * references * per_reference * self.base_unet.dtype.itemsize
+        values = references * (groups * (2 * sum(sizes) + 40 * max(sizes)) + 2 * images * max(sizes))
+        needed = values * self.base_unet.dtype.itemsize
         device = self._execution_device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > free:
             raise InputError(
-                f"{references} references for {prompts} prompts x {images} images need about {needed / 2**30:.1f} GiB, "
-                f"{free / 2**30:.1f} GiB are free on {device}: give fewer references, prompts or images at a time"
+                f"{images} images of {groups} subjects with {references} references each need about "
+                f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}: give fewer of them at a time"
             )

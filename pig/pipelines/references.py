@@ -60,9 +60,9 @@ def digest(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Of a module's weights, summed up where they lie: their bits' exclusive or, and their sum."""
-    weights = list(module.parameters())
+def weights_digest(*modules: nn.Module) -> str:
+    """Of modules' weights, summed up where they lie: their bits' exclusive or, and their sum."""
+    weights = [weight for module in modules for weight in module.parameters()]
     bits = torch.stack([torch.hash_tensor(weight.detach()).view(torch.int64) for weight in weights])
     return digest(bits, torch.stack([weight.detach().sum(dtype=torch.float64) for weight in weights]))
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
-from pig.models.segmenters import SamSize, build_sam, encode, masks_in_box, save_sam
+from pig.models.segmenters import SamSize, build_sam, encode, masks_for, save_sam
 from pig.toyworld import scene
 from pig.toyworld.captions import PLACES, SIZE
 from pig.toyworld.stages.base import Stage
@@ -112,7 +112,7 @@ class SAMStage(Stage):
         inside, found = masks > 127, []
         for image, mask in zip(images.permute(0, 2, 3, 1).numpy(), inside, strict=True):
             _, box = self.prompts(mask)
-            best = masks_in_box(self.sam, encode(self.sam, [image]), (SIZE, SIZE), box.tolist())[0]
+            best = masks_for(self.sam, encode(self.sam, [image]), (SIZE, SIZE), box=box.tolist())[0]
             found.append(best.mask)
         iou = overlap(torch.from_numpy(np.stack(found)), inside)
         print(f"sam: held-out scenes by a jittered box, mean IoU {iou.mean():.3f}, worst {iou.min():.3f}")
