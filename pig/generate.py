@@ -228,7 +228,7 @@ def cut_out_all(
     if count is not None and count < 1:
         raise InputError(f"--references_per_subject must be at least 1, got {count}")
     found = {}
-    for subject in track(subjects, "cutting out", console=console, transient=True, disable=len(subjects) < 2):
+    for subject in subjects:
         found[subject.name] = [load_cutout(path, segment, subject.class_noun) for path in subject.images[:count]]
         if out is not None:
             for path, cutout in zip(subject.images, found[subject.name], strict=False):
@@ -274,7 +274,7 @@ def draw_jobs(
     if several:
         announce(pipeline, batches[0], cutouts, settings, len(todo))
     pipeline.set_progress_bar_config(disable=several or None)
-    for batch in track(batches, f"drawing {out.name}", console=console, disable=not several):
+    for batch in track(batches, f"drawing {out.name}", console=console) if several else batches:
         drawn = pipeline(
             [job.prompt for job in batch],
             [cutouts[job.subject.name] for job in batch],

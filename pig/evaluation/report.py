@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from pig.evaluation.statistics import interval
@@ -66,8 +66,7 @@ class Point:
 
 def plane_svg(points: Sequence[Point], width: int = 720, height: int = 480) -> str:
     """Prompt fidelity (CLIP-T) across, subject fidelity (DINO) up, with 95 % intervals: DreamBlend's Fig. 6."""
-    xs = [(np.mean(p.scores["clip_t"]), *interval(p.scores["clip_t"])) for p in points]
-    ys = [(np.mean(p.scores["dino"]), *interval(p.scores["dino"])) for p in points]
+    xs, ys = ([(fmean(p.scores[s]), *interval(p.scores[s])) for p in points] for s in ("clip_t", "dino"))
     left, bottom, margin = 56, height - 44, 16
 
     def scale(values: Sequence[tuple[float, ...]], start: float, end: float) -> tuple[Callable[[float], float], Any]:
@@ -91,17 +90,15 @@ def plane_svg(points: Sequence[Point], width: int = 720, height: int = 480) -> s
         at = y_of(tick)
         parts.append(f'<path d="M{left} {at:.1f}H{width - margin}" stroke="#e5e5e5"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
-    for point, (x, x_low, x_high), (y, y_low, y_high) in zip(points, xs, ys, strict=True):
-        at_x, at_y = x_of(x), y_of(y)
-        parts.append(
-            f'<path d="M{x_of(x_low):.1f} {at_y:.1f}H{x_of(x_high):.1f}M{at_x:.1f} {y_of(y_low):.1f}V{y_of(y_high):.1f}" '
-            f'stroke="#9cb" fill="none"/><circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="#175"/>'
-            f'<text x="{at_x + 6:.1f}" y="{at_y - 6:.1f}">{html.escape(point.name)}</text>'
-        )
+    for point, x, y in zip(points, xs, ys, strict=True):
+        (at_x, x_low, x_high), (at_y, y_low, y_high) = map(x_of, x), map(y_of, y)
+        bars = f"M{x_low:.1f} {at_y:.1f}H{x_high:.1f}M{at_x:.1f} {y_low:.1f}V{y_high:.1f}"
+        parts.append(f'<path d="{bars}" stroke="#9cb" fill="none"/>')
+        parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="#175"/>')
+        parts.append(f'<text x="{at_x + 6:.1f}" y="{at_y - 6:.1f}">{html.escape(point.name)}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">CLIP-T (prompt)</text>')
-    parts.append(
-        f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">DINO (subject)</text></svg>'
-    )
+    parts.append(f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">DINO (subject)</text>')
+    parts.append("</svg>")
     return "".join(parts)
 
 
