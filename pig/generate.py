@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from pig.attention import Pooling
-from pig.data.images import MANIFEST, Job, read_manifest, save_generated
+from pig.data.images import MANIFEST, Job, forget, read_manifest, save_generated
 from pig.data.subjects import Segment, SubjectFolder, load_cutout, read_subjects
 from pig.data.transforms import load_image, reference_picture
 from pig.errors import InputError
@@ -174,7 +174,7 @@ def generate(
     pictures: dict[str, Any] = {}
     if image is not None and mask is not None:
         pictures = {"image": load_image(image).convert("RGB"), "mask_image": load_image(mask)}
-        check_mask(**pictures)
+        check_mask(pictures["image"], pictures["mask_image"])
     # Cut out now, before anything long: a photograph without an object must not end a benchmark in the middle.
     segment = make_segmenter(segmenter, sam=sam, detector=detector, box=box, point=point, device=default_device())
     cutouts = cut_out_all(known, references_per_subject, segment, out if save_references else None)
@@ -269,6 +269,7 @@ def draw_jobs(
     todo = [job for job in jobs if not is_finished(out, job, lines.get(job.file), used[job])]
     if len(todo) < len(jobs):
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} images are finished already")
+    forget(out, {job.file for job in todo if job.file in lines})
     batches = list(in_batches(todo, cutouts, batch_size))
     several = len(batches) > 2
     if several:

@@ -387,7 +387,7 @@ def tiny_grounding_dino(folder: Path) -> None:
         **layers,
     )
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    processor = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
+    processor = GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 128})
     GroundingDinoProcessor(processor, BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
 
 

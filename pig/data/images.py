@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pig.data.subjects import SubjectFolder
 from pig.errors import InputError
 
 MANIFEST = "manifest.jsonl"
+MANIFESTS = "manifest*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,13 @@ def save_generated(
         method=method,
         settings=settings,
     )
-    lines = folder / manifest
-    if (folder / file).exists() and lines.exists():  # drawn again: its old line no longer holds
-        kept = [old for old in lines.read_text().splitlines() if _line_of(old) not in (None, str(file))]
-        lines.write_text("".join(old + "\n" for old in kept))
+    if (folder / file).exists():
+        forget(folder, [str(file)])
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     partial = (folder / file).with_suffix(".tmp")
     image.save(partial, format="PNG")
     partial.replace(folder / file)  # so that a run that is killed leaves no torn image
-    with lines.open("a") as stream:
+    with (folder / manifest).open("a") as stream:
         stream.write(json.dumps(asdict(line)) + "\n")
     return line
 
@@ -73,9 +72,18 @@ def _line_of(text: str) -> str | None:
         return None
 
 
+def forget(folder: Path, files: Collection[str]) -> None:
+    """Drop the lines of images that are drawn again, and lines torn by a kill, from the manifests."""
+    for path in folder.glob(MANIFESTS):
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if _line_of(line) not in (None, *files)]
+        if len(kept) < len(lines):
+            path.write_text("".join(line + "\n" for line in kept))
+
+
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """file -> its line in `manifest.jsonl` or `manifest-*.jsonl`; torn lines are left out."""
-    texts = [text for path in sorted(folder.glob("manifest*.jsonl")) for text in path.read_text().splitlines()]
+    texts = [text for path in sorted(folder.glob(MANIFESTS)) for text in path.read_text().splitlines()]
     return {file: json.loads(text) for text in texts if (file := _line_of(text)) is not None}
 
 

@@ -14,6 +14,7 @@ from pig.models.segmenters import best_boxes, encode, is_background, load_detect
 
 SegmenterName = Literal["none", "sam", "grounded-sam", "rembg"]
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
+THRESHOLD = 0.25  # of Grounding DINO's certainty; its authors'
 
 
 def make_segmenter(
@@ -88,7 +89,7 @@ class GroundedSamSegmenter:
         if not noun.strip():
             raise InputError("grounded-sam needs a class noun: what does the picture show?")
         image = image.convert("RGB")
-        (found,) = best_boxes(*self.detector, [image], [noun], threshold=0.25)
+        (found,) = best_boxes(*self.detector, [image], [noun], THRESHOLD)
         if found is None:
             raise InputError(
                 f"grounded-sam finds no {noun!r}: name it otherwise, or use `sam` with a box, or give a mask"
