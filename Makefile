@@ -7,7 +7,8 @@ WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generated test lint types datagen train eval bench-datagen bench-sampling toyworld-weights clean
+.PHONY: help demo demo-generated test lint types datagen train eval app test-app sweep bench-datagen \
+	bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -39,6 +40,15 @@ train: .venv/.ready ## python -m pig.cli fit --config $(CONFIG) $(ARGS); after t
 eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` does any folder
 	$(BIN)/python -m pig.cli evaluate --images runs/demo/images --subjects runs/demo/data/subjects --out runs/demo/eval
 
+app: .venv/.app ## a page to draw on in the browser, at localhost:7860 (ARGS="--model DIR")
+	$(BIN)/python -W ignore -m pig.cli app $(ARGS)
+
+test-app: .venv/.browser ## the page driven in Chromium (apt-get install chromium)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m pytest -m browser tests/test_app.py
+
+sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 subjects x 3 seeds, into runs/sweep (an hour)
+	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
+
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen
 
@@ -64,4 +74,8 @@ clean: ## remove .venv and caches; runs/ stays
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	touch $@
+
+.venv/.app .venv/.browser: .venv/.%: .venv/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$*]'
 	touch $@

@@ -1,7 +1,8 @@
 """The one command line: `python -m pig.cli SUBCOMMAND`.
 
     fit | validate | test | predict   LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it
-    generate                          draw a subject with a trained model
+    generate                          draw a subject with a trained model, or a whole benchmark
+    app                               the same on a page in the browser
     evaluate                          score a folder of generated images
     export                            a checkpoint -> a loadable model folder
 
@@ -26,6 +27,7 @@ import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from pig.app import app
 from pig.data.modules import TripletDataModule
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
@@ -94,7 +96,7 @@ def evaluate(images: Path, subjects: Path, out: Path, clip: str = "toyworld", di
         print(f"{name:22} {value:.4f}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "evaluate": evaluate, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "evaluate": evaluate, "export": export, "app": app}
 
 
 def run(args: list[str]) -> Any:

@@ -19,7 +19,9 @@ ALLOWED = {
     "callbacks": {"methods", "evaluation", "models"},
     "toyworld": {"methods", "models"},
     "generate": {"attention", "methods", "models", "pipelines"},
-    "cli": {"generate", "methods", "evaluation", "pipelines", "models"},
+    "app": {"page", "generate", "models", "pipelines"},
+    "page": {"app", "models"},
+    "cli": {"app", "generate", "methods", "evaluation", "pipelines", "models"},
     "demo": {"generate", "methods", "evaluation", "pipelines", "models"},
 }
 
