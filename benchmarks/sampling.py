@@ -15,7 +15,7 @@ import multiprocessing
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,48 +95,58 @@ def our_step(
     return model.sample(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected)[0]
 
 
-def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any]:
-    """Seconds, FLOPs and peak memory of the toy's pictures, after a warm-up."""
+def toy_pipeline(references: int) -> tuple[BootPIGPipeline, list[Image.Image]]:
     pipeline = BootPIG("toyworld", reference_caption="object").pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    drawing = [
-        scene.draw(scene.make_subject(scene.HELD_OUT_SEED, "mug"), "sea", i, 64) for i in range(max(1, references))
-    ]
-    pictures = [Image.fromarray(one.reference()) for one in drawing]
-    seeds = list(range(images))
+    subject = scene.make_subject(scene.HELD_OUT_SEED, "mug")
+    drawings = [scene.draw(subject, "sea", i, 64) for i in range(max(1, references))]
+    return pipeline, [Image.fromarray(one.reference()) for one in drawings]
 
-    @torch.no_grad()
-    def plain(steps: int) -> None:
-        text = pipeline._encode_text(PROMPTS).repeat_interleave(images, 0)
-        both = torch.cat([pipeline._encode_text([""]).expand_as(text), text])
-        pipeline.scheduler.set_timesteps(steps)
-        latents = torch.randn(len(text), 4, 16, 16)
-        for t in pipeline.scheduler.timesteps:
-            e, e_text = pipeline.model(latents.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
-            latents = pipeline.scheduler.step(e + 3 * (e_text - e), t, latents, return_dict=False)[0]
-        for one in latents.split(1):
-            decode_latents(pipeline.vae, one)
 
-    def ours(steps: int) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for _ in PROMPTS for seed in seeds]
-        options: dict[str, Any] = {"num_images_per_prompt": images, "generator": generators, "output_type": "pt"}
-        guidance = {"image_guidance": 5.0, "text_guidance": 1.5}
-        return pipeline(
-            PROMPTS, pictures, num_inference_steps=steps, reference_noise="fixed", **guidance, **options
-        ).images
+def ours(
+    pipeline: BootPIGPipeline, pictures: list[Image.Image], images: int, steps: int, more: Mapping[str, Any]
+) -> Tensor:
+    options: dict[str, Any] = {
+        "image_guidance": 5.0,
+        "text_guidance": 1.5,
+        "reference_noise": "fixed",
+        "num_images_per_prompt": images,
+        "num_inference_steps": steps,
+        "generator": [torch.Generator().manual_seed(seed) for _ in PROMPTS for seed in range(images)],
+        "output_type": "pt",
+    }
+    return pipeline(PROMPTS, pictures, **{**options, **more}).images
 
+
+@torch.no_grad()
+def plain(pipeline: BootPIGPipeline, images: int, steps: int) -> None:
+    """The base model with classifier-free guidance."""
+    text = pipeline._encode_text(PROMPTS).repeat_interleave(images, 0)
+    both = torch.cat([pipeline._encode_text([""]).expand_as(text), text])
+    pipeline.scheduler.set_timesteps(steps)
+    latents = torch.randn(len(text), 4, 16, 16)
+    for t in pipeline.scheduler.timesteps:
+        e, e_text = pipeline.model(latents.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
+        latents = pipeline.scheduler.step(e + 3 * (e_text - e), t, latents, return_dict=False)[0]
+    for one in latents.split(1):
+        decode_latents(pipeline.vae, one)
+
+
+def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any]:
+    """Seconds, FLOPs and peak memory of the toy's pictures, after a warm-up. way: also a rung of `LADDER`."""
+    pipeline, pictures = toy_pipeline(references)
+    prepare, more = LADDER.get(way, (None, {}))
+    if prepare is not None:
+        prepare(pipeline)
     draw: Callable[[int], Any] = {
-        "plain": plain,
-        "ours": ours,
-        "naive": lambda steps: naive(pipeline, pictures, steps, seeds),
-    }[way]
-    draw(1)
-    with FlopCounterMode(display=False) as counter:
-        draw(1)
-        once = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        draw(2)
-        per_step = counter.get_total_flops() - once
+        "plain": lambda steps: plain(pipeline, images, steps),
+        "naive": lambda steps: naive(pipeline, pictures, steps, list(range(images))),
+    }.get(way, lambda steps: ours(pipeline, pictures, images, steps, more))
+    draw(2)
+    if way == "naive":  # slow: two steps tell what ten cost
+        flops = [flops_of(lambda n=n: draw(n)) for n in (1, 2)]  # type: ignore[misc]
+        total = flops[0] + (steps - 1) * (flops[1] - flops[0])
+    else:
+        total = flops_of(lambda: draw(steps))
     began = time.perf_counter()
     draw(steps)
     count = len(PROMPTS) * images
@@ -145,9 +155,64 @@ def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any
         "references": references,
         "images": images,
         "seconds_per_image": (time.perf_counter() - began) / count,
-        "flops_per_image": (once + (steps - 1) * per_step) / count,
+        "flops_per_image": total / count,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def flops_of(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def channels_last(pipeline: BootPIGPipeline) -> None:
+    for unet in (pipeline.base_unet, pipeline.reference_unet):
+        unet.to(memory_format=torch.channels_last)
+
+
+def compiled(pipeline: BootPIGPipeline) -> None:
+    pipeline.base_unet.compile_repeated_blocks()
+
+
+# What could make it faster: name -> (what is done to the pipeline, options of its call).
+LADDER: dict[str, tuple[Callable[[BootPIGPipeline], None] | None, dict[str, Any]]] = {
+    "channels_last": (channels_last, {}),
+    "torch.compile, repeated blocks": (compiled, {}),
+    "equal guidances": (None, {"image_guidance": 3.0, "text_guidance": 3.0}),
+    "guidance in the first 60 %": (None, {"guidance_interval": (0.0, 0.6)}),
+    "guidance from 20 to 80 %": (None, {"guidance_interval": (0.2, 0.8)}),
+    "references every 2nd step": (None, {"reference_every": 2}),
+    "deep features every 2nd step": (None, {"deep_every": 2}),
+    "deep features every 3rd step": (None, {"deep_every": 3}),
+    "guidance from 20 to 80 %, references and deep features every 2nd step": (
+        None,
+        {"guidance_interval": (0.2, 0.8), "reference_every": 2, "deep_every": 2},
+    ),
+    "3 / 3, references and deep features every 2nd step": (
+        None,
+        {"image_guidance": 3.0, "text_guidance": 3.0, "reference_every": 2, "deep_every": 2},
+    ),
+}
+
+
+def fused_projections() -> dict[str, float]:
+    """Seconds of q, k, v as three products and as one, at the toy's and at SD 2.1's widest attention."""
+    found = {}
+    for name, tokens, width in (("toy", 20 * 3 * 256, 64), ("SD 2.1", 4 * 4096, 320)):
+        x, w = torch.randn(tokens, width), torch.randn(3 * width, width)
+        apart = [part.contiguous() for part in w.chunk(3)]
+        works: dict[str, Callable[[], Any]] = {
+            "three": lambda x=x, apart=apart: [x @ one.T for one in apart],  # type: ignore[misc]
+            "one": lambda x=x, w=w: (x @ w.T).chunk(3, dim=-1),  # type: ignore[misc]
+        }
+        for way, work in works.items():
+            work()
+            began = time.perf_counter()
+            for _ in range(20):
+                work()
+            found[f"{name}, {way}"] = (time.perf_counter() - began) / 20
+    return found
 
 
 @torch.no_grad()
@@ -177,6 +242,7 @@ def main() -> None:
     chosen = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [pool.apply(measure, (*case, chosen.steps)) for case in CASES]
+        ladder = [pool.apply(measure, (rung, 1, 4, chosen.steps)) for rung in ("plain", "ours", *LADDER)]
     counted = [count(*case) for case in CASES]
     console = Console()
     for title, part in (("toy world, measured", rows), ("SD 2.1, counted, UNets, one step", counted)):
@@ -202,10 +268,19 @@ def main() -> None:
                 f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else "",
             )
         console.print(table)
+    table = Table("", "s/image", "GFLOP/image", "x plain: time", "FLOPs", title="1 reference, 4 images a prompt")
+    for row in ladder:
+        times, flops = (row[key] / ladder[0][key] for key in ("seconds_per_image", "flops_per_image"))
+        own = (f"{row['seconds_per_image']:.3f}", f"{row['flops_per_image'] / 1e9:.1f}")
+        table.add_row(row["way"], *own, f"{times:.2f}", f"{flops:.2f}")
+    console.print(table)
+    fused = fused_projections()
+    for name, seconds in fused.items():
+        console.print(f"q, k, v at the size of {name} product(s): {1000 * seconds:.2f} ms")
+    machine = platform.processor() or platform.machine()
+    found = {"machine": machine, "rows": rows + counted, "ladder": ladder, "fused": fused}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(
-        json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows + counted}, indent=1)
-    )
+    chosen.out.write_text(json.dumps(found, indent=1))
     print(chosen.out)
 
 

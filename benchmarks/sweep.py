@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 USUAL: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
 USUAL_NAME = "usual: 1 reference, fresh noise, caption, 5 / 1.5, UniPC, 20 steps"
 IMAGE_GUIDANCE, TEXT_GUIDANCE = (1.0, 3.0, 5.0, 7.0), (1.0, 1.5, 3.0)
-FAST = {"image_guidance": 3.0, "text_guidance": 3.0, "reference_every": 2, "deep_every": 2}
+FASTER = {"reference_every": 2, "deep_every": 2}
 
 # table -> row -> (references, scheduler, settings besides the usual ones)
 Row = tuple[int, str, dict[str, Any]]
@@ -58,7 +58,16 @@ TABLES: dict[str, dict[str, Row]] = {
         "deep features every 2nd step": (1, "unipc", {"deep_every": 2}),
         "deep features every 3rd step": (1, "unipc", {"deep_every": 3}),
         "10 steps": (1, "unipc", {"num_inference_steps": 10}),
-        "3 / 3, references and deep features every 2nd step": (1, "unipc", FAST),
+        "guidance from 20 to 80 %, references and deep features every 2nd step": (
+            1,
+            "unipc",
+            {"guidance_interval": [0.2, 0.8], **FASTER},
+        ),
+        "3 / 3, references and deep features every 2nd step": (
+            1,
+            "unipc",
+            {"image_guidance": 3.0, "text_guidance": 3.0, **FASTER},
+        ),
     },
 }
 

@@ -101,7 +101,7 @@ class Studio:
         mask = Image.new("L", picture.size)
         for layer in (painting or {}).get("layers") or []:
             mask.paste(255, mask=layer.convert("RGBA").getchannel("A").resize(picture.size))
-        ratio = min(1.0, 2 * self.native / max(picture.size))
+        ratio = min(1.0, self.native / max(picture.size))
         width, height = (max(8, round(side * ratio) // 8 * 8) for side in picture.size)
         return {
             "image": picture.resize((width, height), Image.Resampling.LANCZOS),

@@ -185,7 +185,7 @@ def test_inpainting_by_painting(page, photo, tmp_path) -> None:
     Image.fromarray(drawing.image).resize((128, 128)).save(host)
     canvas, brush = page.locator("#painting canvas").first, page.locator("#painting").get_by_label("Brush", exact=True)
     page.locator("#picture input[type=file]").set_input_files(str(host))
-    said(page, "128x128 pixels, nothing is painted over yet")
+    said(page, "64x64 pixels, nothing is painted over yet")
     draw(page, "a photo of a mug, on a beach")
     said(page, "black all over")  # nothing is painted yet
     brush.click()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from benchmarks import sweep
 from pig.data.grids import labelled_grid
 from pig.data.images import Job, save_generated
 from pig.data.subjects import read_subjects
 from pig.evaluation.benchmark import score_folder
 from pig.evaluation.metrics import SubjectMean
-from pig.evaluation.report import read_curve, score_table, write_report
+from pig.evaluation.report import Point, plane_svg, read_curve, score_table, write_report
+from pig.evaluation.statistics import interval
 from pig.models.backbone import WEIGHTS
 from pig.models.encoders import ClipEncoder, DinoEncoder
 from pig.toyworld import scene
@@ -139,3 +142,45 @@ def test_report_is_one_file(tmp_path: Path) -> None:
     assert "x: &lt;1&gt;" in page
     assert score_table(scores).row_count == 1
     json.dumps(scores)
+
+
+def test_intervals_resample_subjects() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.6, 0.2, 50)
+    draws = np.sort([rng.choice(values, 50).mean() for _ in range(20_000)])
+    low, high = interval(values)
+    assert low == pytest.approx(draws[500], abs=0.005)
+    assert high == pytest.approx(draws[19_499], abs=0.005)
+    assert interval([0.5]) == (0.5, 0.5)
+    assert interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_the_plane_shows_every_setting_apart() -> None:
+    rng = np.random.default_rng(0)
+    names = [f"setting <{i}>" for i in range(8)]
+    points = [Point(name, {s: list(rng.normal(0.5, 0.01, 9)) for s in ("dino", "clip_t")}) for name in names]
+    svg = xml.etree.ElementTree.fromstring(plane_svg(points))
+    labels = {e.text: (float(e.get("x")), float(e.get("y"))) for e in svg.iter() if e.text in names}
+    assert set(labels) == set(names)
+    places = list(labels.values())
+    assert all(abs(a[1] - b[1]) > 10 or abs(a[0] - b[0]) > 60 for i, a in enumerate(places) for b in places[:i])
+    assert len([e for e in svg.iter() if e.tag.endswith("circle")]) == 8
+
+
+def test_a_sweep_of_settings(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sweep, "SEEDS", (0,))
+    monkeypatch.setattr(sweep, "USUAL", {**sweep.USUAL, "num_inference_steps": 2})
+    tables = {"Guidance": {"1 / 1.5": (1, "unipc", {"image_guidance": 1.0})}, "Scheduler": {"ddim": (2, "ddim", {})}}
+    monkeypatch.setattr(sweep, "TABLES", tables)
+    monkeypatch.setattr("sys.argv", ["sweep", "--out", str(tmp_path), "--subjects", "3"])
+    sweep.main()
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert set(found) == {sweep.USUAL_NAME, "1 / 1.5", "ddim"}
+    assert all(len(scores["dino"]) == 3 for scores in found.values())
+    text = (tmp_path / "sweep.md").read_text()
+    scores = found["ddim"]["dino"]
+    assert f"| ddim | {sum(scores) / 3:.3f} [{min(scores):.3f}, {max(scores):.3f}]" in text
+    before = (tmp_path / "ddim/manifest.jsonl").stat().st_mtime_ns
+    sweep.main()
+    assert (tmp_path / "ddim/manifest.jsonl").stat().st_mtime_ns == before
+    assert "3 of 3 images are finished" in capsys.readouterr().out

@@ -90,12 +90,20 @@ def plane_svg(points: Sequence[Point], width: int = 720, height: int = 480) -> s
         at = y_of(tick)
         parts.append(f'<path d="M{left} {at:.1f}H{width - margin}" stroke="#e5e5e5"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
+    taken: list[tuple[float, float]] = []
     for point, x, y in zip(points, xs, ys, strict=True):
         (at_x, x_low, x_high), (at_y, y_low, y_high) = map(x_of, x), map(y_of, y)
         bars = f"M{x_low:.1f} {at_y:.1f}H{x_high:.1f}M{at_x:.1f} {y_low:.1f}V{y_high:.1f}"
         parts.append(f'<path d="{bars}" stroke="#9cb" fill="none"/>')
         parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="#175"/>')
-        parts.append(f'<text x="{at_x + 6:.1f}" y="{at_y - 6:.1f}">{html.escape(point.name)}</text>')
+        # The label stands above its point, or as near as the others let it.
+        label_y = next(
+            at_y + shift
+            for shift in (-6, 15, -20, 29, *range(-34, -height, -14))
+            if all(abs(at_x - x) > 7 * len(point.name) + 14 or abs(at_y + shift - y) > 12 for x, y in taken)
+        )
+        taken.append((at_x, label_y))
+        parts.append(f'<text x="{at_x + 6:.1f}" y="{label_y:.1f}">{html.escape(point.name)}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">CLIP-T (prompt)</text>')
     parts.append(f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">DINO (subject)</text>')
     parts.append("</svg>")
