@@ -18,14 +18,13 @@ import transformers
 from rich.console import Console
 
 from data_gen.toyworld import draw_subjects
-from pig.data.images import Job
 from pig.data.subjects import read_subjects
+from pig.demo import held_out_jobs
 from pig.evaluation.benchmark import score_subjects
 from pig.evaluation.report import Point, plane_svg
 from pig.evaluation.statistics import interval
 from pig.generate import cut_out_all, draw_jobs, load_pipeline
 from pig.models.encoders import DinoEncoder, load_clip
-from pig.toyworld import scene
 
 SEEDS = (0, 1, 2)
 USUAL: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
@@ -82,12 +81,7 @@ def main() -> None:
     console, out = Console(soft_wrap=True), chosen.out
     draw_subjects(out / "subjects", chosen.subjects, 64)
     subjects = read_subjects(out / "subjects")
-    places = list(scene.BACKGROUNDS)
-    jobs = [
-        Job(subject, places.index(scene.held_out_background(subject.class_noun)), seed)
-        for subject in subjects
-        for seed in SEEDS
-    ]
+    jobs = held_out_jobs(subjects, SEEDS)
     rows = {"": {USUAL_NAME: (1, "unipc", {})}, **TABLES}
     count = sum(map(len, rows.values()))
     console.print(f"{count} settings x {len(jobs)} images")

@@ -161,18 +161,18 @@ def condition_folder(out: Path, condition: str) -> Path:
     return out / "images" if condition == "trained_3_references" else out / "conditions" / condition
 
 
-def jobs_of(subjects: Sequence[SubjectFolder]) -> list[Job]:
-    """Each subject under the prompt that no training picture of its category fits, with each seed."""
+def held_out_jobs(subjects: Sequence[SubjectFolder], seeds: Sequence[int]) -> list[Job]:
+    """Each subject under the one background that no training picture of its category has, with each seed."""
     places = list(scene.BACKGROUNDS)
     return [
         Job(subject, places.index(scene.held_out_background(subject.class_noun)), seed)
         for subject in subjects
-        for seed in SEEDS
+        for seed in seeds
     ]
 
 
 def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
-    jobs = jobs_of(subjects)
+    jobs = held_out_jobs(subjects, SEEDS)
     draw_with_base(jobs, condition_folder(out, "no_reference"))
     untrained, trained = BootPIG(TOYWORLD).pipeline(), load_pipeline(out / "export")
     for name, pipeline, references in (
@@ -234,7 +234,7 @@ def summarise(scores: dict[str, dict[str, float]]) -> list[str]:
 
 def draw_grid(out: Path, subjects: Sequence[SubjectFolder], count: int = 8) -> None:
     rows = []
-    for job in jobs_of(subjects)[:: len(SEEDS)][:count]:
+    for job in held_out_jobs(subjects, SEEDS)[:: len(SEEDS)][:count]:
         file = Path(job.subject.name) / str(job.prompt_index) / f"{job.seed}.png"
         drawn = [load_image(condition_folder(out, name) / file) for name in CONDITIONS[:4]]
         rows.append((job.prompt, [*(load_image(path) for path in job.subject.images[:3]), *drawn]))

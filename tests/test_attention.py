@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_sampling_in_one_batch_equals_branch_by_branch(base_unet, pooling, refer
     projected = net.project(features, plain=count, branches=2)
     found, _ = net.sample(latents.repeat(3, 1, 1, 1), t.repeat(3), torch.cat([empty, empty, text]), projected)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("references", [1, 4])
+@pytest.mark.parametrize("dropped", [0, 1, 3])
+@torch.no_grad()
+def test_sampling_with_references_dropped_per_sample(base_unet, inputs, pooling, references, dropped) -> None:
+    """Samples at the head of the batch without references, the others with their own: as in training."""
+    net = TwoUNet(base_unet, tiny_like(base_unet), pooling=pooling)
+    reference = torch.randn(3, references, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = inputs["timesteps"]
+    features = net.encode_reference(reference, t, inputs["text"])
+    expected = predict(net, inputs, features, dropped=torch.arange(3) < dropped)
+    given = None
+    if dropped < 3:
+        given = net.project({name: f[dropped:] for name, f in features.items()}, plain=dropped)
+        given = replace(given, alike_at=None)  # these are no branches of the same latents
+    found, _ = net.sample(inputs["latents"], t, inputs["text"], given)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def tiny_like(unet: UNet2DConditionModel) -> UNet2DConditionModel:
