@@ -30,6 +30,7 @@ from pig.generate import cut_out_all, draw_jobs
 from pig.methods.bootpig import BootPIG
 from pig.models.encoders import DinoEncoder, load_clip
 from pig.pipelines import BootPIGPipeline
+from pig.toyworld import scene
 
 CONFIG = "configs/bootpig/toyworld.yaml"
 TRAINING_SEEDS, IMAGE_SEEDS, TRIPLETS = (0, 1), (0, 1), 8000
@@ -64,6 +65,7 @@ def main() -> None:
     trainings = [(name, seed) for name, told in SETTINGS.items() if told is not None for seed in TRAINING_SEEDS]
     console.print(f"{len(trainings)} trainings of {chosen.steps} steps, then {len(trainings) + 7} sets of images")
     draw_triplets(out / "data/triplets", TRIPLETS, 64)
+    draw_triplets(out / "data/val", 64, 64, first_seed=scene.HELD_OUT_SEED + 10**8)
     draw_subjects(out / "data/subjects", chosen.subjects, 64)
     for number, (name, seed) in enumerate(trainings):
         began = time.perf_counter()
@@ -86,10 +88,12 @@ def train(out: Path, name: str, seed: int, steps: int) -> bool:
     if (run / "export/model_index.json").exists():
         return False
     last = run / "fit/checkpoints/last.ckpt"
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "data").exists():  # where the config looks
+        (run / "data").symlink_to((out / "data").resolve())
     told = [
         f"--config={CONFIG}",
         f"--run={run}",
-        f"--data.shards={out / 'data/triplets'}",
         f"--data.seed={seed}",
         f"--trainer.max_steps={steps}",
         "--trainer.limit_val_batches=0",
