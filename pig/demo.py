@@ -93,7 +93,9 @@ def main() -> None:
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     summary = summarise(scores)
     draw_grid(out, subjects)
-    logs = sorted((out / "fit").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+    # A run that was stopped before its first step has left no metrics.
+    logs = [path.parent for path in (out / "fit").glob("version_*/metrics.csv")]
+    logs.sort(key=lambda path: int(path.name.removeprefix("version_")))
     write_report(
         out / "report.html",
         title="BootPIG on the toy world",
