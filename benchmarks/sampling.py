@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pig import diffusion
+from pig.data.transforms import cut_out
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import decode_latents
 from pig.models.two_unet import TwoUNet
@@ -56,7 +59,7 @@ def naive(pipeline: BootPIGPipeline, references: list[Any], steps: int, seeds: l
     """The pipeline's pictures with fixed noise and the object's caption, drawn one by one by Eq. 3 and 4."""
     model, scheduler, images = pipeline.model, pipeline.scheduler, []
     side = pipeline.base_unet.config.sample_size * 4
-    z_ref = pipeline._encode_references(references, side)
+    z_ref = pipeline._encode_references([cut_out(one) for one in references], side)
     empty = pipeline._encode_text([""])
     for prompt in PROMPTS:
         text, caption = pipeline._encode_text([prompt]), pipeline._encode_text([prompt.split(",")[0]])
@@ -277,7 +280,9 @@ def main() -> None:
     fused = fused_projections()
     for name, seconds in fused.items():
         console.print(f"q, k, v at the size of {name} product(s): {1000 * seconds:.2f} ms")
-    machine = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    machine = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     found = {"machine": machine, "rows": rows + counted, "ladder": ladder, "fused": fused}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(found, indent=1))

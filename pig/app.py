@@ -38,6 +38,8 @@ def app(
         sam: weights of the segmenter `sam`; see `generate`.
         detector: of the segmenter `grounded-sam`; see `generate`.
     """
+    if not 0 < port < 65536:
+        raise InputError(f"--port {port}: from 1 to 65535")
     password = os.environ.get(PASSWORD)
     if host not in LOCAL and not password:
         raise InputError(f"--host {host}: others could use this machine. Set {PASSWORD} to a password of your choice")

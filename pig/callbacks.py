@@ -88,7 +88,7 @@ class SubjectSamples(Callback):
         clip, dino: folders or hub ids in transformers' format, or `toyworld`.
         max_subjects: how many of the subjects are drawn, one image each, prompts in turn.
         references: pictures given for each.
-        steps, image_guidance, text_guidance: of the sampling.
+        steps: of the sampling; its guidance is the model's own.
     """
 
     def __init__(
@@ -99,16 +99,10 @@ class SubjectSamples(Callback):
         max_subjects: int = 8,
         references: int = 1,
         steps: int = 20,
-        image_guidance: float = 5.0,
-        text_guidance: float = 7.5,
     ) -> None:
         self.folder, self.clip_name, self.dino_name = subjects, clip, dino
         self.max_subjects, self.references = max_subjects, references
-        self.sampling = {
-            "num_inference_steps": steps,
-            "image_guidance": image_guidance,
-            "text_guidance": text_guidance,
-        }
+        self.steps = steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
@@ -126,7 +120,7 @@ class SubjectSamples(Callback):
             job = Job(subject, index % len(subject.prompts), seed=index)
             references = subject.references(self.references)
             generator = torch.Generator().manual_seed(job.seed)
-            image = pipeline(job.prompt, references, generator=generator, **self.sampling).images[0]
+            image = pipeline(job.prompt, references, generator=generator, num_inference_steps=self.steps).images[0]
             real = [load_image(path) for path in subject.images]
             scores.update(index, [image], [job.prompt_index], real, subject.prompts)
             rows.append([*references, image])

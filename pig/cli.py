@@ -108,12 +108,17 @@ def run(args: list[str]) -> Any:
     hints = get_type_hints(command)
     kinds = {name: kind for name, hint in hints.items() for kind in get_args(hint) if get_origin(kind) is list}
     lists = {name: get_args(kind)[0] for name, kind in kinds.items()}
+    switches = {name for name, hint in hints.items() if hint is bool}
     for parameter in docstring_parser.parse(command.__doc__ or "").params:
         if parameter.arg_name in lists:
             kind = lists[parameter.arg_name]
             parser.add_argument(f"--{parameter.arg_name}", nargs="+", type=kind, help=parameter.description)
-    parser.add_function_arguments(command, as_positional=False, skip=set(lists))
-    return command(**parser.parse_args(args[1:]).as_dict())
+        elif parameter.arg_name in switches:
+            parser.add_argument(f"--{parameter.arg_name}", action="store_true", help=parameter.description)
+    parser.add_function_arguments(command, as_positional=False, skip={*lists, *switches})
+    # `--save-references` is `--save_references`, with or without `=...`.
+    given = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args[1:]]
+    return command(**parser.parse_args(given).as_dict())
 
 
 def main() -> None:

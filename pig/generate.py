@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -20,16 +21,16 @@ from pig.attention import Pooling
 from pig.data.images import MANIFEST, Job, forget, read_manifest, save_generated
 from pig.data.subjects import Segment, SubjectFolder, load_cutout, read_subjects
 from pig.data.transforms import load_image, reference_picture
-from pig.errors import InputError
+from pig.errors import InputError, check_ranges
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import TOYWORLD, Backbone, SchedulerName, check_prediction_type
+from pig.models.backbone import TOYWORLD, Backbone, SchedulerName, check_backbone
 from pig.models.foreground import DETECTOR, SegmenterName, make_segmenter
 from pig.pipelines import BootPIGPipeline
 from pig.pipelines.bootpig import ReferenceCaption, ReferenceNoise
 from pig.pipelines.inpainting import check_mask
-from pig.pipelines.references import ReferenceCache, weights_digest
+from pig.pipelines.references import ReferenceCache, digest
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
 CUTOUTS = "cutouts"  # the folder for `--save_references`
 console = Console()
 
@@ -46,7 +47,7 @@ def load_pipeline(model: str | Path) -> BootPIGPipeline:
     elif not (folder / "model_index.json").is_file():
         raise InputError(f"{model} is no exported model: it has no model_index.json (make one with `export`)")
     else:
-        pickles = sorted(path for path in folder.rglob("*") if path.suffix in PICKLES)
+        pickles = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICKLES)
         if pickles:
             raise InputError(
                 f"{model} holds {pickles[0].relative_to(folder)}, a pickle, which can run any code: only safetensors "
@@ -57,7 +58,7 @@ def load_pipeline(model: str | Path) -> BootPIGPipeline:
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(f"{model} is no exported BootPIG, or a torn one: {str(error).splitlines()[0]}") from error
         parts = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.base_unet, pipeline.scheduler)
-        check_prediction_type(Backbone(*parts))
+        check_backbone(Backbone(*parts))
     pipeline.set_progress_bar_config(disable=None)
     return pipeline.to(default_device())
 
@@ -75,8 +76,8 @@ def generate(
     model: str = TOYWORLD,
     images_per_prompt: int = 4,
     seed: int = 0,
-    image_guidance: float = 5.0,
-    text_guidance: float = 7.5,
+    image_guidance: float | None = None,
+    text_guidance: float | None = None,
     strength: float = 1.0,
     negative_prompt: str = "",
     guidance_rescale: float = 0.0,
@@ -117,8 +118,10 @@ def generate(
         model: an exported model's folder, or `toyworld`.
         images_per_prompt: with seeds `seed`, `seed + 1`, ...
         seed: of the first image of each prompt.
-        image_guidance: how closely to follow the references (eta_im of Eq. 4).
-        text_guidance: how closely to follow the prompt (eta_text+im of Eq. 4).
+        image_guidance: how closely to follow the references (eta_im of Eq. 4); by default as the model says: 5 in the
+            paper.
+        text_guidance: how closely to follow the prompt (eta_text+im of Eq. 4); by default as the model says: 7.5 in
+            the paper, 1.5 for the toy.
         strength: of the references: from 0, the base model alone, to 1.
         negative_prompt: what to keep away from.
         guidance_rescale: from 0 to 1; against the overdone contrast of strong guidance.
@@ -142,7 +145,7 @@ def generate(
         box: for sam: where the object is, x0 y0 x1 y1 in pixels (all references alike).
         point: for sam: x y of a pixel of the object.
         save_references: write what was cut out into `OUT/cutouts`.
-        references_per_subject: for --subjects: use the first so many pictures; all by default.
+        references_per_subject: use the first so many pictures; all by default.
         batch_size: images drawn at a time.
         shard: for --subjects, I/N: draw the I-th of N equal parts (I from 0), on as many devices or machines.
         reference_cache: GiB of memory for what was read of references, to be used again.
@@ -153,6 +156,7 @@ def generate(
         raise InputError(f"--seed must lie between 0 and 2^63, got {seed}")
     if images_per_prompt < 1 or batch_size < 1:
         raise InputError("--images_per_prompt and --batch_size must be at least 1")
+    check_ranges(reference_cache=(reference_cache, 0, 4096))
     if guidance_interval is not None and len(guidance_interval) != 2:
         raise InputError(f"--guidance_interval is two shares of the steps, got {guidance_interval}")
     if (image is None) != (mask is None):
@@ -175,9 +179,17 @@ def generate(
     if image is not None and mask is not None:
         pictures = {"image": load_image(image).convert("RGB"), "mask_image": load_image(mask)}
         check_mask(pictures["image"], pictures["mask_image"])
+    jobs = [
+        Job(subject, index, one)
+        for subject in known
+        for index in range(len(subject.prompts))
+        for one in range(seed, seed + images_per_prompt)
+    ]
+    jobs = jobs[len(jobs) * part // parts : len(jobs) * (part + 1) // parts]
     # Cut out now, before anything long: a photograph without an object must not end a benchmark in the middle.
     segment = make_segmenter(segmenter, sam=sam, detector=detector, box=box, point=point, device=default_device())
-    cutouts = cut_out_all(known, references_per_subject, segment, out if save_references else None)
+    mine = list(dict.fromkeys(job.subject for job in jobs))
+    cutouts = cut_out_all(mine, references_per_subject, segment, out if save_references else None)
     pipeline = load_pipeline(model)
     if scheduler is not None:
         pipeline.use_scheduler(scheduler)
@@ -199,13 +211,6 @@ def generate(
         "reference_every": reference_every,
         "deep_every": deep_every,
     }
-    jobs = [
-        Job(subject, index, one)
-        for subject in known
-        for index in range(len(subject.prompts))
-        for one in range(seed, seed + images_per_prompt)
-    ]
-    jobs = jobs[len(jobs) * part // parts : len(jobs) * (part + 1) // parts]
     manifest = MANIFEST if parts == 1 else f"manifest-{part}-of-{parts}.jsonl"
     draw_jobs(pipeline, jobs, cutouts, out, settings, pictures=pictures, batch_size=batch_size, manifest=manifest)
     if subjects is None:
@@ -216,7 +221,7 @@ def generate(
 def parse_shard(text: str) -> tuple[int, int]:
     """`I/N` with 0 <= I < N."""
     part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+    if not (slash and text.isascii() and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         raise InputError(f"--shard must be I/N with I from 0 to N - 1, such as 0/4, got {text!r}")
     return int(part), int(parts)
 
@@ -227,15 +232,32 @@ def cut_out_all(
     """Subject -> RGBA cut-outs of its first `count` pictures; on white into `out`, where given."""
     if count is not None and count < 1:
         raise InputError(f"--references_per_subject must be at least 1, got {count}")
-    found = {}
+    found: dict[str, list[Image.Image]] = {}
+    mistakes = []
     for subject in subjects:
-        found[subject.name] = [load_cutout(path, segment, subject.class_noun) for path in subject.images[:count]]
-        if out is not None:
-            for path, cutout in zip(subject.images, found[subject.name], strict=False):
-                shown = out / CUTOUTS / subject.name / f"{path.stem}.png"
-                shown.parent.mkdir(parents=True, exist_ok=True)
+        found[subject.name] = []
+        for number, path in enumerate(subject.images[:count]):
+            try:
+                cutout = load_cutout(path, segment, subject.class_noun)
+            except InputError as error:
+                mistakes.append(str(error))
+                continue
+            found[subject.name].append(cutout)
+            if out is not None:
+                shown = out / CUTOUTS / subject.name / f"{number:02d}_{path.stem}.png"
+                make_folder(shown.parent)
                 reference_picture(cutout, max(cutout.size)).save(shown)
+    if mistakes:
+        more = f" (and {len(mistakes) - 5} more)" if len(mistakes) > 5 else ""
+        raise InputError("\n".join(mistakes[:5]) + more)
     return found
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}") from error
 
 
 def draw_jobs(
@@ -257,11 +279,12 @@ def draw_jobs(
     Raises:
         InputError: `out` holds images of other settings, another model or other references.
     """
+    make_folder(out)
     common = {
         **settings,
         **{name: picture_digest(one) for name, one in (pictures or {}).items()},
         "scheduler": type(pipeline.scheduler).__name__,
-        "weights": weights_digest(pipeline.base_unet, pipeline.reference_unet)[:16],
+        "model": model_digest(pipeline),
     }
     digests = {name: [picture_digest(one) for one in cutouts[name]] for name in {job.subject.name for job in jobs}}
     used = {job: json.loads(json.dumps({**common, "references": digests[job.subject.name]})) for job in jobs}
@@ -272,19 +295,24 @@ def draw_jobs(
     forget(out, {job.file for job in todo if job.file in lines})
     batches = list(in_batches(todo, cutouts, batch_size))
     several = len(batches) > 2
-    if several:
-        announce(pipeline, batches[0], cutouts, settings, len(todo))
     pipeline.set_progress_bar_config(disable=several or None)
-    for batch in track(batches, f"drawing {out.name}", console=console) if several else batches:
-        drawn = pipeline(
-            [job.prompt for job in batch],
-            [cutouts[job.subject.name] for job in batch],
-            generator=[torch.Generator().manual_seed(job.seed) for job in batch],
-            **settings,
-            **(pictures or {}),
-        )
-        for job, picture in zip(batch, drawn.images, strict=True):
-            save_generated(out, job, picture, method=method, settings=used[job], manifest=manifest)
+    try:
+        if several:
+            announce(pipeline, batches[0], cutouts, settings, len(todo))
+        for batch in track(batches, f"drawing {out.name}", console=console) if several else batches:
+            drawn = pipeline(
+                [job.prompt for job in batch],
+                [cutouts[job.subject.name] for job in batch],
+                generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+                **settings,
+                **(pictures or {}),
+            )
+            for job, picture in zip(batch, drawn.images, strict=True):
+                save_generated(out, job, picture, method=method, settings=used[job], manifest=manifest)
+    except InputError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # nothing was drawn: leave no empty folder behind
+        raise
 
 
 def is_finished(out: Path, job: Job, line: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:
@@ -293,7 +321,9 @@ def is_finished(out: Path, job: Job, line: Mapping[str, Any] | None, settings: M
         return False
     now = {"prompt": job.prompt, **settings}
     then = {"prompt": line.get("prompt"), **line.get("settings", {})}
-    other = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
+    # The model's digest last: it says least.
+    names = sorted({*now, *then}, key=lambda name: (name == "model", name))
+    other = [name for name in names if now.get(name) != then.get(name)]
     if other:
         raise InputError(
             f"{out} holds images that were drawn otherwise: {job.file} with {other[0]}={then.get(other[0])!r}, now "
@@ -331,6 +361,16 @@ def announce(
     per_step = max(0.0, seconds[2] - seconds[1])
     per_batch = seconds[1] + per_step * (settings.get("num_inference_steps", 50) - 1)
     console.print(f"{count} images, on this machine about {per_batch * count / len(batch) / 60:.1f} minutes")
+
+
+def model_digest(pipeline: BootPIGPipeline) -> str:
+    """Of all that a model brings to a picture: weights, settings, noise schedule, vocabulary."""
+    modules = (pipeline.base_unet, pipeline.reference_unet, pipeline.vae, pipeline.text_encoder)
+    weights = digest(*(weight for module in modules for weight in module.parameters()))
+    told = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
+    texts = (told, dict(pipeline.scheduler.config), pipeline.tokenizer.get_vocab())
+    words = json.dumps(texts, sort_keys=True, default=str)
+    return hashlib.sha256((weights + words).encode()).hexdigest()[:16]
 
 
 def picture_digest(picture: Image.Image) -> str:

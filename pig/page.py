@@ -29,8 +29,7 @@ def share_painted(studio: Studio, picture: Image.Image | None, painting: dict[st
 def build_page(studio: Studio) -> Any:
     """The Gradio page; what a user does wrong is shown on it."""
     toy = studio.model == TOYWORLD
-    # The toy model is small and its texts are short: less guidance by the text, and fewer steps.
-    usual_text, usual_steps = (1.5, 20) if toy else (7.5, 50)
+    usual = studio.pipeline.config
 
     def cut_out(files: list[str] | None, segmenter: SegmenterName, noun: str) -> list[Image.Image]:
         if not files:
@@ -63,6 +62,9 @@ def build_page(studio: Studio) -> Any:
         request: gr.Request,
         progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
     ) -> list[tuple[Image.Image, str]]:
+        cut = studio.pipeline.cut_off(prompt or "")
+        if cut:
+            gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
         try:
             return studio.draw(
                 str(request.session_hash),
@@ -108,13 +110,11 @@ def build_page(studio: Studio) -> Any:
                     seed = gr.Number(0, precision=0, label="Seed of the first")
                 with gr.Accordion("Controls", open=False):
                     negative = gr.Textbox("", label="Negative prompt: what to keep away from")
-                    image_guidance = gr.Slider(0, 15, 5, label="Image guidance: how closely to follow the references")
-                    text_guidance = gr.Slider(
-                        0, 15, usual_text, label="Text guidance: how closely to follow the prompt"
-                    )
+                    image_guidance = gr.Slider(0, 15, usual.image_guidance, label="Image guidance: of the references")
+                    text_guidance = gr.Slider(0, 15, usual.text_guidance, label="Text guidance: of the prompt")
                     strength = gr.Slider(0, 1, 1, label="Strength of the references")
                     rescale = gr.Slider(0, 1, 0, label="Guidance rescale: against overdone contrast")
-                    steps = gr.Slider(1, 100, usual_steps, step=1, label="Steps")
+                    steps = gr.Slider(1, 100, 20 if toy else 50, step=1, label="Steps")
                     scheduler = gr.Dropdown(list(get_args(SchedulerName)), value="unipc", label="Scheduler")
                     noise = gr.Radio(["fresh", "fixed"], value="fresh", label="Noise on the references")
                     caption = gr.Radio(
@@ -151,11 +151,15 @@ def build_page(studio: Studio) -> Any:
             change(cut_out, looks, shown, concurrency_limit=1, concurrency_id="model")
         inputs = [*looks, prompt, negative, count, seed, scheduler, steps, image_guidance, text_guidance]
         inputs += [rescale, strength, noise, caption, pooling, picture, painting]
-        for event in (start.click, prompt.submit):
+        drawing = [
             event(draw, inputs, drawn, concurrency_limit=1, concurrency_id="model")
+            for event in (start.click, prompt.submit)
+        ]
 
         def cancel(request: gr.Request) -> None:
             studio.cancel(str(request.session_hash))
+            gr.Info("cancelled")
 
-        stop.click(cancel, queue=False)
+        # Gradio takes what still waits from the queue; what runs is told to stop.
+        stop.click(cancel, queue=False, cancels=drawing)
     return page

@@ -131,7 +131,7 @@ def test_generate_refuses_bad_input(monkeypatch, capsys, tmp_path) -> None:
         (["--references", masked], "masked.png: the mask is (10, 10), its image (20, 20)"),
         (["--references", picture, "--height", "0"], "size 64x0"),
         (["--references", picture, "--height", "60"], "size 64x60"),
-        (["--references", picture, "--image_guidance", "-1"], "guidance must be at least 0"),
+        (["--references", picture, "--image_guidance", "-1"], "image_guidance must be between 0 and 1000"),
         (["--references", picture, "--prompt", " "], "an empty prompt"),
     ):
         prompt = [] if "--prompt" in arguments else ["--prompt", "a photo of a mug"]

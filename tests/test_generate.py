@@ -124,6 +124,36 @@ def test_other_settings_are_not_mixed_into_a_folder(few, whole, change, named) -
     assert named in str(error.value)
 
 
+def test_a_shard_asks_only_for_what_it_draws_and_names_all_that_is_wrong(few, tmp_path) -> None:
+    broken = tmp_path / "subjects"
+    shutil.copytree(few, broken)
+    for path in ("cat_003/00.png", "boat_000/01.png"):
+        (broken / path).write_bytes(b"no picture")
+    generate(tmp_path / "out", subjects=broken, shard="0/6", **{**QUICK, "steps": 1})
+    assert {file.split("/")[0] for file in read_manifest(tmp_path / "out")} == {"mug_006"}
+    with pytest.raises(InputError, match=r"(?s)boat_000/01.png.*cat_003/00.png"):
+        generate(tmp_path / "all", subjects=broken, **QUICK)
+
+
+def test_another_model_is_not_mixed_into_a_folder(few, tmp_path) -> None:
+    model, cat = tmp_path / "model", sorted((few / "cat_003").glob("0?.png"))
+    BootPIG.embedded().pipeline().save_pretrained(model)
+    given = {"model": str(model), "references": cat, "prompt": ["a cat"], "steps": 1}
+    generate(tmp_path / "out", images_per_prompt=1, **given)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "reference_caption": "object"}))
+    with pytest.raises(InputError, match="drawn otherwise.*model="):
+        generate(tmp_path / "out", images_per_prompt=2, **given)
+
+
+def test_switches_and_dashes(few, tmp_path, monkeypatch) -> None:
+    cat = str(few / "cat_003/00.png")
+    given = ["generate", "--references", cat, cat, "--prompt", "a cat", "--steps", "1", "--save-references"]
+    monkeypatch.setattr(sys, "argv", ["pig.cli", *given, "--images-per-prompt=1", "--out", str(tmp_path / "out")])
+    cli.main()
+    assert len(list((tmp_path / "out/cutouts/references").iterdir())) == 2
+
+
 def test_another_prompts_file(few, tmp_path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text((few / "prompts_and_classes.txt").read_text().replace("in space", "at sunset"))
@@ -154,7 +184,7 @@ def test_references_are_cut_out_by_alpha_then_mask_then_segmenter_and_shown(tmp_
         steps=1,
         images_per_prompt=1,
     )
-    shown = {path.stem: Image.open(path) for path in (tmp_path / "out/cutouts/references").iterdir()}
+    shown = {path.stem[3:]: Image.open(path) for path in (tmp_path / "out/cutouts/references").iterdir()}
     assert set(shown) == {"plain", "masked", "alpha", "opaque"}
     sizes = {name: np.asarray(picture).min(axis=2) < 250 for name, picture in shown.items()}
     share = (drawing.mask > 127).sum() / np.prod(np.ptp(np.argwhere(drawing.mask > 127), axis=0) + 1)
@@ -249,7 +279,9 @@ def test_inpainting(few, tmp_path) -> None:
     picture.save(tmp_path / "picture.png")
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 48))
-    mask.save(tmp_path / "hole.png")
+    white = Image.new("RGBA", (64, 64), "white")  # as paint programs save it: white, and transparent elsewhere
+    white.putalpha(mask)
+    white.save(tmp_path / "hole.png")
     cat = sorted((few / "cat_003").glob("0?.png"))
     given = {"image": tmp_path / "picture.png", "mask": tmp_path / "hole.png", "steps": 2}
     generate(tmp_path / "out", references=cat, prompt=["a cat, on a beach"], images_per_prompt=1, **given)
@@ -258,7 +290,7 @@ def test_inpainting(few, tmp_path) -> None:
     assert not np.array_equal(drawn, before)
 
 
-@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/2", "1/0"])
+@pytest.mark.parametrize("text", ["4/4", "²/3", "1", "a/b", "-1/2", "1/0"])
 def test_shards_that_are_none(text) -> None:
     with pytest.raises(InputError, match="--shard must be I/N"):
         parse_shard(text)
@@ -284,6 +316,12 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
     pickled = tmp_path / "pickled"
     BootPIG.embedded().pipeline().save_pretrained(pickled)
     torch.save({}, pickled / "base_unet/diffusion_pytorch_model.bin")
+    no_tokens, no_limit = tmp_path / "no_tokens", tmp_path / "no_limit"
+    for folder, file in ((no_tokens, "tokenizer.json"), (no_limit, "tokenizer_config.json")):
+        BootPIG.embedded().pipeline().save_pretrained(folder)
+        (folder / "tokenizer" / file).unlink()
+    strip = tmp_path / "strip.png"
+    noisy.resize((300, 2)).save(strip)
     one = ["--references", str(picture), "--prompt", "a mug"]
     for arguments, message in [
         ([], "give --references and --prompt; or --subjects"),
@@ -297,9 +335,16 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
         ([*one, "--segmenter", "sam", "--box", "1", "2", "300", "4"], "lies outside of the picture (64x64)"),
         ([*one, "--segmenter", "sam", "--sam", str(tmp_path / "no.pth")], "the name of a SAM file must say"),
         ([*one, "--segmenter", "u2"], "segmenter"),
+        ([*one, "--segmenter", "sam", "--box", "30", "30", "9", "9"], "x0 < x1"),
+        (["--references", str(strip), "--prompt", "a", "--segmenter", "sam"], "in a strip of 300x2"),
+        ([*one, "--steps", "2000", "--scheduler", "ddim"], "num_inference_steps must be between 1 and 1000"),
+        ([*one, "--reference_cache", "-1"], "reference_cache must be between"),
+        ([*one, "--out", str(picture / "below")], "cannot write into"),
+        ([*one, "--model", str(no_tokens)], "a file is missing in tokenizer/"),
+        ([*one, "--model", str(no_limit)], "a file is missing in tokenizer/"),
         ([*one, "--point", "1", "2"], "is for the segmenter `sam`"),
         ([*one, "--scheduler", "euler"], "euler"),
-        ([*one, "--text_guidance", "-2"], "text_guidance must be at least 0"),
+        ([*one, "--text_guidance", "-2"], "text_guidance must be between 0 and 1000"),
         ([*one, "--strength", "2"], "strength must be between 0 and 1"),
         ([*one, "--guidance_interval", "0.5"], "two shares of the steps"),
         ([*one, "--image", str(picture)], "both --image and --mask"),

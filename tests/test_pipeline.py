@@ -150,11 +150,13 @@ def test_mistakes_are_named(pipe, cutouts, monkeypatch) -> None:
         with pytest.raises(InputError, match="at least one"):
             pipe(PROMPTS, cutouts[:1], **none)
     for wrong, message in {
-        ("image_guidance", -1.0): "image_guidance must be at least 0, got -1.0",
-        ("text_guidance", float("nan")): "text_guidance must be at least 0, got nan",
+        ("image_guidance", -1.0): "image_guidance must be between 0 and 1000, got -1.0",
+        ("text_guidance", float("nan")): "text_guidance must be between 0 and 1000, got nan",
         ("strength", 1.5): "strength must be between 0 and 1, got 1.5",
         ("guidance_rescale", -0.1): "guidance_rescale must be between 0 and 1",
         ("guidance_interval", (0.7, 0.2)): "guidance_interval",
+        ("guidance_interval", (0, 9)): "guidance_interval_end must be between 0 and 1",
+        ("num_inference_steps", 1001): "num_inference_steps must be between 1 and 1000",
         ("reference_every", 0): "reference_every must be at least 1",
         ("deep_every", 0): "deep_every must be at least 1",
         ("pooling", "max"): "pooling 'max' is none of softmax, argmax, mean, concat",
@@ -329,7 +331,7 @@ def test_reference_cache_changes_no_pixel_and_is_never_stale(pipe, cutouts, monk
             assert torch.equal(found, usual)
     weight = next(pipe.reference_unet.parameters())
     kept = weight.detach().clone()
-    weight.data[0] += 0.5
+    weight.data.copy_(kept.flip(0))  # the same numbers in another order
     changed = draws()
     assert len(calls) == expected_passes + 3
     assert not torch.equal(changed, usual)
@@ -354,6 +356,9 @@ def test_reference_cache_keeps_its_limit(pipe, cutouts, monkeypatch) -> None:
     calls.clear()
     draw(pipe, PROMPTS[0], cutouts[1:2])
     assert (len(calls), len(cache), cache.bytes) == (1, 2, 2 * per_step)
+    pipe.reference_cache = cache = ReferenceCache(2**30)
+    draw(pipe, [PROMPTS[0], PROMPTS[0].upper()], cutouts[:1])  # to the tokenizer these are one prompt
+    assert (len(cache), cache.bytes) == (3, 3 * per_step)
     pipe.reference_cache = cache = ReferenceCache(per_step - 1)
     draw(pipe, PROMPTS[0], cutouts[:1])
     assert (len(cache), cache.bytes) == (0, 0)
@@ -399,3 +404,31 @@ def test_a_shallow_pass_with_its_own_deep_features_is_the_full_pass(base_unet, i
     given = (inputs["latents"], inputs["timesteps"], inputs["text"], None)
     full, deep = full_pass(base_unet, *given)
     torch.testing.assert_close(shallow_pass(base_unet, *given, deep), full)
+
+
+def test_references_may_be_files_and_pairs_with_masks(pipe, cutouts, tmp_path) -> None:
+    photo, mask = cutouts[0].convert("RGB"), cutouts[0].getchannel("A")
+    photo.save(tmp_path / "a.png")
+    mask.save(tmp_path / "a.mask.png")
+    # White paint on nothing, as paint programs save it.
+    painted = Image.merge("LA", (Image.new("L", mask.size, 255), mask)).convert("RGBA")
+    usual = draw(pipe, PROMPTS[0], [cutouts[0]], generator=seeds(1))
+    for given in (cutouts[0], [(photo, mask)], [(photo, painted)], tmp_path / "a.png", [str(tmp_path / "a.png")]):
+        torch.testing.assert_close(draw(pipe, PROMPTS[0], given, generator=seeds(1)), usual, atol=2e-2, rtol=0)
+    asked = []
+    segment = lambda image, noun: asked.append(image) or mask  # noqa: E731
+    found = draw(pipe, PROMPTS, [photo], generator=seeds(1, 2), segment=segment)
+    torch.testing.assert_close(found[:1], usual, atol=2e-2, rtol=0)
+    assert len(asked) == 1
+
+
+def test_a_model_brings_its_own_guidance(cutouts, tmp_path) -> None:
+    pipe = BootPIG("toyworld", image_guidance=2.0, text_guidance=1.5).pipeline()
+    pipe.save_pretrained(tmp_path)
+    pipe = BootPIGPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    named = {"image_guidance": 2.0, "text_guidance": 1.5}
+    expected = draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1), **named)
+    assert torch.equal(draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1)), expected)
+    assert BootPIG.embedded().pipeline().config.text_guidance == 1.5
+    assert BootPIG("toyworld").pipeline().config.text_guidance == 7.5

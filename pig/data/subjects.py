@@ -67,7 +67,7 @@ def load_cutout(path: Path, segment: Segment | None = None, noun: str = "") -> I
         if has_alpha(image):
             return cut_out(image)
         if mask.exists():
-            return cut_out(image, load_image(mask).convert("L"))
+            return cut_out(image, load_image(mask))
         return cut_out(image, None if segment is None else segment(image, noun))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

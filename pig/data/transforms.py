@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -55,6 +55,19 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255)
 
 
+def to_mask(image: Image.Image) -> Image.Image:
+    """A mask (L) of any picture: its brightness, and nothing where it is transparent.
+
+    Raises:
+        InputError: a picture of floats, whose range nothing says.
+    """
+    if image.mode == "F":
+        raise InputError("a mask of floating-point numbers: give one of 8 bits, 255 where it counts")
+    image = normalise(image)
+    grey = image.convert("L")
+    return ImageChops.multiply(grey, image.getchannel("A")) if image.mode == "RGBA" else grey
+
+
 def cut_out(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
     """RGBA, the object's coverage in the alpha channel: from a mask, else the picture's own alpha, else all of it.
 
@@ -66,7 +79,7 @@ def cut_out(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
         if mask.size != image.size:
             raise InputError(f"the mask is {mask.size}, its image {image.size}; they must be of one size")
         image = image.convert("RGB")
-        image.putalpha(mask.convert("L"))
+        image.putalpha(to_mask(mask))
     image = image.convert("RGBA")
     if image.getchannel("A").getbbox() is None:
         raise InputError("the mask (or alpha channel) is empty: no object is left to refer to")

@@ -36,6 +36,7 @@ class BootPIG(PersonalisationModule):
         reference_timestep: fixed t of the references; None takes the target's t (paper).
         reference_caption: see `reference_prompt`.
         pooling, reference_key_scale: see `TwoUNet`.
+        image_guidance, text_guidance: what the pipeline takes where none is named (section 4.1).
         gradient_checkpointing: less memory for about a third more time; same gradients.
     """
 
@@ -52,6 +53,8 @@ class BootPIG(PersonalisationModule):
         reference_caption: ReferenceCaption = "caption",
         pooling: Pooling = "softmax",
         reference_key_scale: float = 1.0,
+        image_guidance: float = 5.0,
+        text_guidance: float = 7.5,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ class BootPIG(PersonalisationModule):
     @classmethod
     def embedded(cls) -> BootPIG:
         """The model that ships with the package, trained on the toy world."""
-        module = cls(TOYWORLD)
+        module = cls(TOYWORLD, text_guidance=1.5)
         module.load_state_dict(load_file(EMBEDDED))
         return module
 
@@ -158,6 +161,8 @@ class BootPIG(PersonalisationModule):
             reference_key_scale=self.hparams["reference_key_scale"],
             reference_timestep=self.reference_timestep,
             reference_caption=self.reference_caption,
+            image_guidance=self.hparams["image_guidance"],
+            text_guidance=self.hparams["text_guidance"],
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -75,8 +75,20 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
             f"cannot load the base model: tried {where} {source!r}, {mode}. It must be in diffusers' layout (vae/, "
             f"text_encoder/, tokenizer/, unet/, scheduler/). The cause: {str(error).splitlines()[0]}"
         ) from error
-    check_prediction_type(backbone)
+    check_backbone(backbone)
     return backbone
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Refuse parts that load but do not belong together: a tokenizer without its files, a wrong prediction type."""
+    words, known = len(backbone.tokenizer), backbone.text_encoder.config.vocab_size
+    length, positions = backbone.tokenizer.model_max_length, backbone.text_encoder.config.max_position_embeddings
+    if words > known or words < 0.9 * known or length > positions:
+        raise InputError(
+            f"the tokenizer has {words} tokens and texts of {length}, the text encoder {known} and {positions}: a file "
+            "is missing in tokenizer/ (tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json)"
+        )
+    check_prediction_type(backbone)
 
 
 def make_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> SchedulerMixin:

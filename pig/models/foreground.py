@@ -46,6 +46,8 @@ def make_segmenter(
     for what, given, length in (("box", box, 4), ("point", point, 2)):
         if given is not None and len(given) != length:
             raise InputError(f"a {what} is {length} numbers in pixels, got {list(given)}")
+    if box is not None and not (box[0] < box[2] and box[1] < box[3]):
+        raise InputError(f"a box is x0 y0 x1 y1 with x0 < x1 and y0 < y1, got {list(box)}")
     if name == "sam":
         return SamSegmenter(sam, box, point, device)
     if name == "grounded-sam":
@@ -61,6 +63,8 @@ class SamSegmenter:
 
     def __call__(self, image: Image.Image, noun: str = "") -> Image.Image:
         width, height = image.size
+        if max(width, height) > 50 * min(width, height):
+            raise InputError(f"sam cannot see in a strip of {width}x{height}")
         box = (0, 0, width, height) if self.box is None and self.point is None else self.box
         for what, given in (("box", box), ("point", self.point)):
             xs, ys = (given[0::2], given[1::2]) if given is not None else ((), ())

@@ -24,7 +24,8 @@ from torch import Generator, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pig.attention import Pooling, ProjectedReferences
-from pig.data.transforms import cut_out, reference_picture, to_images, to_tensor
+from pig.data.subjects import Segment
+from pig.data.transforms import reference_picture, to_images, to_tensor
 from pig.errors import InputError, check_named, check_ranges
 from pig.models.backbone import (
     SchedulerName,
@@ -39,13 +40,13 @@ from pig.models.backbone import (
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.guidance import branch_weights
 from pig.pipelines.inpainting import KnownRegion
-from pig.pipelines.references import ReferenceCache, reference_reader
+from pig.pipelines.references import Picture, ReferenceCache, cut_outs_of, reference_reader
 
 log = logging.getLogger(__name__)
 
 ReferenceCaption = Literal["caption", "object"]
 ReferenceNoise = Literal["fresh", "fixed"]
-StepCallback = Callable[["BootPIGPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+StepCallback = Callable[["BootPIGPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 def reference_prompt(caption: str, kind: str) -> str:
@@ -62,6 +63,7 @@ class BootPIGPipeline(DiffusionPipeline):
         pooling, reference_key_scale: see `TwoUNet`.
         reference_timestep: the fixed t at which references are noised and read; None takes the step's own t.
         reference_caption: see `reference_prompt`.
+        image_guidance, text_guidance: what a call takes that names none (section 4.1).
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class BootPIGPipeline(DiffusionPipeline):
         reference_key_scale: float = 1.0,
         reference_timestep: int | None = None,
         reference_caption: str = "caption",
+        image_guidance: float = 5.0,
+        text_guidance: float = 7.5,
     ) -> None:
         super().__init__()
         for part in (vae, text_encoder, base_unet, reference_unet):
@@ -93,6 +97,8 @@ class BootPIGPipeline(DiffusionPipeline):
             reference_key_scale=reference_key_scale,
             reference_timestep=reference_timestep,
             reference_caption=reference_caption,
+            image_guidance=image_guidance,
+            text_guidance=text_guidance,
         )
         self.model = TwoUNet(
             base_unet, reference_unet, pooling=cast(Pooling, pooling), reference_key_scale=reference_key_scale
@@ -107,10 +113,11 @@ class BootPIGPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        references: Sequence[Image.Image] | Sequence[Sequence[Image.Image]],
+        references: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
         *,
-        image_guidance: float = 5.0,
-        text_guidance: float = 7.5,
+        segment: Segment | None = None,
+        image_guidance: float | None = None,
+        text_guidance: float | None = None,
         strength: float = 1.0,
         negative_prompt: str = "",
         guidance_rescale: float = 0.0,
@@ -134,10 +141,14 @@ class BootPIGPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or several.
-            references: pictures of the subject (PIL; RGBA cut-outs, or RGB taken as they are), the same for all
-                prompts; or a list of such lists, one for each prompt, all of one length.
+            references: pictures of the subject, the same for all prompts; or a list of such lists, one for each
+                prompt, all of one length. A picture is a file, PIL, or PIL and its mask. The object is found by the
+                picture's own alpha, else by its mask (of a file, by `NAME.mask.png`), else by `segment`; without any
+                of them the whole picture is taken.
+            segment: see `pig.models.foreground.make_segmenter`.
             image_guidance, text_guidance: eta_im and eta_text+im of Eq. 4: how closely to follow the references, and
-                the prompt. Where both are equal, one of the three branches is not needed, and a third of the work.
+                the prompt; by default as the model says. Where both are equal, one of the three branches is not needed,
+                and a third of the work.
             strength: of the references in every RSA layer: 0 is the Base UNet alone with `text_guidance` as
                 classifier-free guidance, 1 is BootPIG.
             negative_prompt: what to keep away from: it stands in place of the empty prompt.
@@ -163,12 +174,16 @@ class BootPIGPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images_per_prompt < 1 or num_inference_steps < 1 or not prompts:
             raise InputError("give at least one prompt, one image per prompt and one step")
+        image_guidance = self.config.image_guidance if image_guidance is None else image_guidance
+        text_guidance = self.config.text_guidance if text_guidance is None else text_guidance
         check_ranges(
-            image_guidance=(image_guidance, 0, math.inf),
-            text_guidance=(text_guidance, 0, math.inf),
+            image_guidance=(image_guidance, 0, 1000),
+            text_guidance=(text_guidance, 0, 1000),
             strength=(strength, 0, 1),
             guidance_rescale=(guidance_rescale, 0, 1),
             guidance_interval=(guidance_interval[0], 0, guidance_interval[1]),
+            guidance_interval_end=(guidance_interval[1], 0, 1),
+            num_inference_steps=(num_inference_steps, 1, self.scheduler.config.num_train_timesteps),
             reference_every=(reference_every, 1, math.inf),
             deep_every=(deep_every, 1, math.inf),
         )
@@ -183,7 +198,9 @@ class BootPIGPipeline(DiffusionPipeline):
         check_size(self.vae, width, height)
         if image is not None and image.size != (width, height):
             raise InputError(f"inpainting keeps the picture's size {image.size}; leave height and width away")
-        per_prompt = self._references_of(prompts, references)
+        per_prompt = cut_outs_of(prompts, references, segment)
+        for cut in filter(None, map(self.cut_off, dict.fromkeys(prompts))):
+            log.warning("the prompt is too long, its end is not read: %r", cut)
         side = max(height, width)
         # What the Reference UNet finds depends on pictures and caption: prompts that share both share one pass.
         caption_kind = self.config.reference_caption if reference_caption is None else reference_caption
@@ -252,7 +269,8 @@ class BootPIGPipeline(DiffusionPipeline):
                 level = timesteps[step + 1] if step + 1 < len(timesteps) else None
                 latents = known.blend(latents, self.scheduler, level)
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, step, t, {"latents": latents}).get("latents", latents)
+                changed = callback_on_step_end(self, step, t, {"latents": latents})
+                latents = (changed or {}).get("latents", latents)
             if self._interrupt:
                 break
 
@@ -266,27 +284,18 @@ class BootPIGPipeline(DiffusionPipeline):
         fixed = self.config.reference_timestep
         return int(t) if fixed is None else fixed, step if reference_noise == "fresh" else 0
 
-    def _references_of(self, prompts: list[str], references: Sequence) -> list[list[Image.Image]]:
-        if not references or any(not one for one in references if not isinstance(one, Image.Image)):
-            raise InputError("a prompt without references: give at least one picture of the subject")
-        shared = isinstance(references[0], Image.Image)
-        per_prompt = [list(references)] * len(prompts) if shared else [list(one) for one in references]
-        if len(per_prompt) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts but reference lists for {len(per_prompt)}")
-        if len({len(one) for one in per_prompt}) > 1:
-            raise InputError("all prompts of a call must have equally many references")
-        return per_prompt
+    def cut_off(self, prompt: str) -> str:
+        """What of a prompt is longer than the tokenizer takes, and is not read."""
+        limit = self.tokenizer.model_max_length - 2  # the begin and the end
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer.decode(ids[limit:])
 
     def _encode_references(self, pictures: list[Image.Image], side: int) -> Tensor:
         """(K, 4, h, h), scaled latents of the references on white squares; RSA does not ask for the image's shape."""
-        tensors = [to_tensor(reference_picture(cut_out(picture), side)) for picture in pictures]
+        tensors = [to_tensor(reference_picture(picture, side)) for picture in pictures]
         return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
 
     def _encode_text(self, texts: list[str]) -> Tensor:
-        for one in dict.fromkeys(texts):
-            cut = self.tokenizer(one, add_special_tokens=False).input_ids[self.tokenizer.model_max_length - 2 :]
-            if cut:
-                log.warning("the prompt is too long, its end is not read: %r", self.tokenizer.decode(cut))
         return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
 
     def _check_memory(self, groups: int, references: int, images: int, side: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pig import diffusion
-from pig.data.transforms import to_tensor
+from pig.data.transforms import to_mask, to_tensor
 from pig.errors import InputError
 from pig.models.backbone import encode_images, vae_scale
 
@@ -30,7 +30,7 @@ class KnownRegion:
         check_mask(image, mask)
         self.noise = noise
         self.pixels = to_tensor(image)[None].to(noise.device)
-        self.open = ((to_tensor(mask.convert("L"))[None, :1] + 1) / 2).to(noise.device)  # (1, 1, H, W): 1 is drawn
+        self.open = ((to_tensor(to_mask(mask))[None, :1] + 1) / 2).to(noise.device)  # (1, 1, H, W): 1 is drawn
         self.z_0 = encode_images(vae, self.pixels).to(noise.dtype)
         # A latent is drawn as soon as one of its pixels is.
         self.open_latents = F.max_pool2d(self.open, vae_scale(vae)).to(noise.dtype)
@@ -51,5 +51,5 @@ class KnownRegion:
 def check_mask(image: Image.Image, mask: Image.Image) -> None:
     if mask.size != image.size:
         raise InputError(f"the inpainting mask is {mask.size}, the picture {image.size}; they must be of one size")
-    if mask.convert("L").getbbox() is None:
+    if to_mask(mask).getbbox() is None:
         raise InputError("the inpainting mask is black all over: paint white what shall be drawn anew")

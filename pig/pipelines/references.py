@@ -6,15 +6,50 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from pig import diffusion
+from pig.data.subjects import Segment, load_cutout
+from pig.data.transforms import cut_out, has_alpha
+from pig.errors import InputError
 from pig.models.two_unet import TwoUNet
 
 Features = Mapping[str, Tensor]  # layer name -> (K, N, C)
+Picture = Image.Image | str | Path | tuple  # the last: a picture and its mask
 Key = tuple[str, int, int]  # what was read (see `digest`), t, seed of the noise
+
+
+def as_cutout(picture: Picture, segment: Segment | None) -> Image.Image:
+    """RGBA, from any of the forms that a reference may have."""
+    if isinstance(picture, str | Path):
+        return load_cutout(Path(picture), segment)
+    image, mask = picture if isinstance(picture, tuple) else (picture, None)
+    if has_alpha(image):
+        return cut_out(image)
+    return cut_out(image, segment(image, "") if mask is None and segment is not None else mask)
+
+
+def cut_outs_of(prompts: list[str], references: Any, segment: Segment | None) -> list[list[Image.Image]]:
+    """The references of each prompt as RGBA cut-outs, from what the pipeline is given."""
+    if isinstance(references, Picture):
+        references = [references]
+    if not references or any(not one for one in references if isinstance(one, list)):
+        raise InputError("a prompt without references: give at least one picture of the subject")
+    shared = isinstance(references[0], Picture)
+    per_prompt = [list(references)] * len(prompts) if shared else [list(one) for one in references]
+    if len(per_prompt) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but reference lists for {len(per_prompt)}")
+    if len({len(one) for one in per_prompt}) > 1:
+        raise InputError("all prompts of a call must have equally many references")
+    # Each picture once: what is one object here is one object there, which is how prompts share a pass.
+    found = {id(one): one for pictures in per_prompt for one in pictures}
+    cutouts = {key: as_cutout(one, segment) for key, one in found.items()}
+    return [[cutouts[id(one)] for one in pictures] for pictures in per_prompt]
 
 
 class ReferenceCache:
@@ -41,6 +76,8 @@ class ReferenceCache:
 
     def put(self, key: Key, features: Features) -> None:
         size = sum(f.numel() * f.element_size() for f in features.values())
+        if key in self._kept or size > self.max_bytes:
+            return
         while self.bytes + size > self.max_bytes:
             oldest = next((other for other in self._kept if other[0] != key[0]), None)
             if oldest is None:
@@ -58,13 +95,6 @@ def digest(*tensors: Tensor) -> str:
         found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def weights_digest(*modules: nn.Module) -> str:
-    """Of modules' weights, summed up where they lie: their bits' exclusive or, and their sum."""
-    weights = [weight for module in modules for weight in module.parameters()]
-    bits = torch.stack([torch.hash_tensor(weight.detach()).view(torch.int64) for weight in weights])
-    return digest(bits, torch.stack([weight.detach().sum(dtype=torch.float64) for weight in weights]))
 
 
 def reference_reader(
@@ -85,7 +115,7 @@ def reference_reader(
     everyone = list(range(len(z_ref)))
     if cache is None:
         return partial(run, everyone)
-    weights = weights_digest(model.reference_unet)
+    weights = digest(*model.reference_unet.parameters())  # about a second for Stable Diffusion's in half precision
     names = [weights + digest(z, one, alphas_cumprod) for z, one in zip(z_ref, text, strict=True)]
 
     def read(t: int, noise_seed: int) -> dict[str, Tensor]:
