@@ -161,5 +161,5 @@ def build_page(studio: Studio) -> Any:
             gr.Info("cancelled")
 
         # Gradio takes what still waits from the queue; what runs is told to stop.
-        stop.click(cancel, queue=False, cancels=drawing)
+        stop.click(cancel, cancels=drawing)
     return page
