@@ -7,7 +7,7 @@ WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generated test lint types datagen train eval app test-app sweep bench-datagen \
+.PHONY: help demo demo-generated test lint types datagen train eval app test-app sweep ablations bench-datagen \
 	bench-sampling toyworld-weights clean
 
 help: ## this list
@@ -48,6 +48,9 @@ test-app: .venv/.browser ## the page driven in Chromium (apt-get install chromiu
 
 sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 subjects x 3 seeds, into runs/sweep (an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
+
+ablations: .venv/.ready ## the paper's Table 2 and Fig. 7 on the toy world, into runs/ablations (hours; resumable)
+	$(BIN)/python -W ignore -m benchmarks.ablations $(ARGS)
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen

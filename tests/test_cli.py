@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 
+from benchmarks import ablations
 from pig import cli, demo
 from pig.data.modules import TripletDataModule
 from pig.methods.bootpig import BootPIG
@@ -47,6 +48,17 @@ def test_every_config_instantiates(monkeypatch, tmp_path, config) -> None:
     for name, value in model.items():
         if name != "base":
             assert made.model.hparams[name] == value, name
+
+
+@pytest.mark.parametrize("name", [name for name, told in ablations.SETTINGS.items() if told is not None])
+def test_ablations_tell_fit_what_they_are_called(monkeypatch, tmp_path, name) -> None:
+    made = parse(monkeypatch, f"--config={TOY}", *HERE, f"--run={tmp_path}", *(ablations.SETTINGS[name] or []))
+    trained = {group for group, rate in made.model.learning_rates.items() if rate > 0}
+    only = {"Reference UNet only": {"reference_unet"}, "RSA only": {"rsa"}}
+    assert trained == only.get(name, {"reference_unet", "rsa"})
+    augmentation = made.datamodule.augmentation
+    expected = ((1, 1), 0) if name == "both, no augmentation" else ((0.6, 1.0), 0.5)
+    assert (tuple(augmentation.scale), augmentation.flip) == expected
 
 
 def test_the_papers_setting() -> None:
