@@ -432,3 +432,20 @@ def test_a_model_brings_its_own_guidance(cutouts, tmp_path) -> None:
     assert torch.equal(draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1)), expected)
     assert BootPIG.embedded().pipeline().config.text_guidance == 1.5
     assert BootPIG("toyworld").pipeline().config.text_guidance == 7.5
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "argmax", "mean", "concat"])
+@pytest.mark.parametrize("references", [1, 4])
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_cache_on_equals_the_cache_off(pipe, cutouts, monkeypatch, pooling, references, images) -> None:
+    refs, options = (cutouts * 2)[:references], {"num_images_per_prompt": images, "num_inference_steps": 2}
+
+    def draws() -> torch.Tensor:
+        return draw(pipe, PROMPTS, refs, pooling=pooling, generator=seeds(*range(2 * images)), **options)
+
+    off = draws()
+    monkeypatch.setattr(pipe, "reference_cache", ReferenceCache(2**30))
+    torch.testing.assert_close(draws(), off)
+    calls = count_passes(pipe, monkeypatch)
+    torch.testing.assert_close(draws(), off)
+    assert not calls
