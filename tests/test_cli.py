@@ -196,7 +196,7 @@ data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size:
     call("validate", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
     call("test", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
 
-    arguments = ["--ckpt_path", checkpoint, "--data.predict_subjects", toy_data / "subjects"]
+    arguments = ["--run", tmp_path, "--ckpt_path", checkpoint, "--data.predict_subjects", toy_data / "subjects"]
     arguments += ["--trainer.limit_predict_batches", "2", "--trainer.callbacks", "pig.callbacks.SaveImages"]
     call("predict", "--config", TOY, *arguments, "--trainer.callbacks.folder", tmp_path / "predicted")
     assert [path.name for path in sorted((tmp_path / "predicted/boat_000").glob("*"))] == ["0", "1"]
