@@ -112,7 +112,7 @@ def score_all(out: Path) -> Found:
     clip, dino = load_clip("toyworld"), DinoEncoder("toyworld")
 
     def score(pipeline: BootPIGPipeline, references: int, folder: Path) -> dict[str, list[float]]:
-        cutouts = cut_out_all(subjects, references, None, None)
+        cutouts = cut_out_all(subjects, references)
         draw_jobs(pipeline, jobs, cutouts, folder, USUAL, batch_size=12)
         scores = score_subjects(folder, subjects, clip, dino).metrics
         return {name: metric.per_subject().tolist() for name, metric in scores.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import transformers
@@ -86,7 +87,7 @@ def main() -> None:
     count = sum(map(len, rows.values()))
     console.print(f"{count} settings x {len(jobs)} images")
     pipeline, clip, dino = load_pipeline(chosen.model), load_clip("toyworld"), DinoEncoder("toyworld")
-    cutouts = {count: cut_out_all(subjects, count, None, None) for count in (1, 2, 3, 4)}
+    cutouts = {count: cut_out_all(subjects, count) for count in (1, 2, 3, 4)}
     found: dict[str, dict[str, list[float]]] = {}
     for table in rows.values():
         for name, (references, scheduler, settings) in table.items():
@@ -95,22 +96,16 @@ def main() -> None:
             draw_jobs(pipeline, jobs, cutouts[references], folder, {**USUAL, **settings}, batch_size=12)
             scores = score_subjects(folder, subjects, clip, dino).metrics
             found[name] = {score: metric.per_subject().tolist() for score, metric in scores.items()}
-            console.print(f"{name}: DINO {mean(found[name]['dino']):.3f}  CLIP-T {mean(found[name]['clip_t']):.3f}")
+            console.print(f"{name}: DINO {fmean(found[name]['dino']):.3f}  CLIP-T {fmean(found[name]['clip_t']):.3f}")
     (out / "sweep.json").write_text(json.dumps(found, indent=1))
     text = "\n\n".join(markdown(title, list(table), found) for title, table in TABLES.items())
     (out / "sweep.md").write_text(text + "\n")
     points = [
-        Point(name.removeprefix("usual: ").split(",")[0] if name == USUAL_NAME else name, found[name])
-        for name in (USUAL_NAME, *TABLES["Guidance"])
+        Point("5 / 1.5" if name == USUAL_NAME else name, found[name]) for name in (USUAL_NAME, *TABLES["Guidance"])
     ]
-    points[0] = Point("5 / 1.5", found[USUAL_NAME])
     (out / "guidance.svg").write_text(plane_svg(points))
     for name in ("sweep.json", "sweep.md", "guidance.svg"):
         console.print(f"  {out / name}")
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def markdown(title: str, names: list[str], found: dict[str, dict[str, list[float]]]) -> str:
@@ -124,10 +119,10 @@ def markdown(title: str, names: list[str], found: dict[str, dict[str, list[float
     for name in (USUAL_NAME, *names):
         scores = found[name]
         gaps = [a - b for a, b in zip(scores["dino"], found[USUAL_NAME]["dino"], strict=True)]
-        gap = "" if name == USUAL_NAME else f"{mean(gaps):+.3f} {brackets(gaps, '+.3f')}"
-        cells = [f"{mean(scores[s]):.3f} {brackets(scores[s])}" for s in ("dino", "clip_i", "clip_t")]
+        gap = "" if name == USUAL_NAME else f"{fmean(gaps):+.3f} {brackets(gaps, '+.3f')}"
+        cells = [f"{fmean(scores[s]):.3f} {brackets(scores[s])}" for s in ("dino", "clip_i", "clip_t")]
         cells.insert(1, gap)
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean(scores['background_accuracy']):.3f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {fmean(scores['background_accuracy']):.3f} |")
     return "\n".join(lines)
 
 

@@ -88,10 +88,9 @@ class Studio:
             return [load_cutout(Path(file), self._segmenters[segmenter], noun) for file in files]
         except InputError as error:
             # Uploads lie in folders of their own; their names alone are the user's.
-            names = {str(Path(file).parent) + "/": "" for file in files}
             message = str(error)
-            for folder, nothing in names.items():
-                message = message.replace(folder, nothing)
+            for file in files:
+                message = message.replace(f"{Path(file).parent}/", "")
             raise InputError(message) from error
 
     def hole(self, picture: Image.Image | None, painting: dict[str, Any] | None) -> dict[str, Any]:

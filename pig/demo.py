@@ -182,7 +182,7 @@ def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
         ("trained_1_reference", trained, 1),
         ("trained_3_references", trained, 3),
     ):
-        cutouts = cut_out_all(subjects, references, None, None)
+        cutouts = cut_out_all(subjects, references)
         draw_jobs(pipeline, jobs, cutouts, condition_folder(out, name), SAMPLING, batch_size=SAMPLING_BATCH)
     draw_truth(jobs, condition_folder(out, "upper_bound"))
 

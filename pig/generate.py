@@ -227,7 +227,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def cut_out_all(
-    subjects: Sequence[SubjectFolder], count: int | None, segment: Segment | None, out: Path | None
+    subjects: Sequence[SubjectFolder], count: int | None, segment: Segment | None = None, out: Path | None = None
 ) -> dict[str, list[Image.Image]]:
     """Subject -> RGBA cut-outs of its first `count` pictures; on white into `out`, where given."""
     if count is not None and count < 1:
@@ -270,7 +270,6 @@ def draw_jobs(
     pictures: Mapping[str, Any] | None = None,
     batch_size: int,
     manifest: str = MANIFEST,
-    method: str = "BootPIG",
 ) -> None:
     """Draw the images that `out` does not have yet, with these settings of the pipeline's call.
 
@@ -308,7 +307,7 @@ def draw_jobs(
                 **(pictures or {}),
             )
             for job, picture in zip(batch, drawn.images, strict=True):
-                save_generated(out, job, picture, method=method, settings=used[job], manifest=manifest)
+                save_generated(out, job, picture, method="BootPIG", settings=used[job], manifest=manifest)
     except InputError:
         with contextlib.suppress(OSError):
             out.rmdir()  # nothing was drawn: leave no empty folder behind

@@ -10,10 +10,12 @@ import numpy as np
 from PIL import Image
 
 from pig.app import MAX_IMAGES, Studio
+from pig.attention import Pooling
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
 from pig.models.backbone import TOYWORLD, SchedulerName
 from pig.models.foreground import SegmenterName
+from pig.pipelines.bootpig import ReferenceCaption, ReferenceNoise
 
 
 def share_painted(studio: Studio, picture: Image.Image | None, painting: dict[str, Any] | None) -> str:
@@ -116,15 +118,15 @@ def build_page(studio: Studio) -> Any:
                     rescale = gr.Slider(0, 1, 0, label="Guidance rescale: against overdone contrast")
                     steps = gr.Slider(1, 100, 20 if toy else 50, step=1, label="Steps")
                     scheduler = gr.Dropdown(list(get_args(SchedulerName)), value="unipc", label="Scheduler")
-                    noise = gr.Radio(["fresh", "fixed"], value="fresh", label="Noise on the references")
+                    noise = gr.Radio(list(get_args(ReferenceNoise)), value="fresh", label="Noise on the references")
                     caption = gr.Radio(
-                        ["caption", "object"],
-                        value=studio.pipeline.config.reference_caption,
+                        list(get_args(ReferenceCaption)),
+                        value=usual.reference_caption,
                         label="What the Reference UNet is told",
                     )
                     pooling = gr.Dropdown(
-                        ["softmax", "argmax", "mean", "concat"],
-                        value=studio.pipeline.config.pooling,
+                        list(get_args(Pooling)),
+                        value=usual.pooling,
                         label="Several references are merged by",
                     )
             with gr.Column():

@@ -20,7 +20,7 @@ ALLOWED = {
     "toyworld": {"methods", "models"},
     "generate": {"attention", "methods", "models", "pipelines"},
     "app": {"page", "generate", "models", "pipelines"},
-    "page": {"app", "models"},
+    "page": {"app", "attention", "models", "pipelines"},
     "cli": {"app", "generate", "methods", "evaluation", "pipelines", "models"},
     "demo": {"generate", "methods", "evaluation", "pipelines", "models"},
 }

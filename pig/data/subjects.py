@@ -41,9 +41,9 @@ class SubjectFolder:
     def live(self) -> bool:
         return self.class_noun in LIVE_CLASSES
 
-    def references(self, count: int | None = None, segment: Segment | None = None) -> list[Image.Image]:
+    def references(self, count: int | None = None) -> list[Image.Image]:
         """The first `count` pictures as RGBA cut-outs; see `load_cutout`."""
-        return [load_cutout(path, segment, self.class_noun) for path in self.images[:count]]
+        return [load_cutout(path) for path in self.images[:count]]
 
 
 def is_picture(path: Path) -> bool:
@@ -64,13 +64,18 @@ def load_cutout(path: Path, segment: Segment | None = None, noun: str = "") -> I
     """
     image, mask = load_image(path), mask_path(path)
     try:
-        if has_alpha(image):
-            return cut_out(image)
-        if mask.exists():
-            return cut_out(image, load_image(mask))
-        return cut_out(image, None if segment is None else segment(image, noun))
+        return find_object(image, load_image(mask) if mask.exists() else None, segment, noun)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def find_object(image: Image.Image, mask: Image.Image | None, segment: Segment | None, noun: str) -> Image.Image:
+    """The same of a picture and its mask, if it has one."""
+    if has_alpha(image):
+        return cut_out(image)
+    if mask is None and segment is not None:
+        mask = segment(image, noun)
+    return cut_out(image, mask)
 
 
 def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[SubjectFolder]:

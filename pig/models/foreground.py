@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -40,7 +40,7 @@ def make_segmenter(
         InputError: an unknown name, or weights or a package that are not there. The segmenter itself raises it where
             it finds nothing, and says what to try.
     """
-    check_named("segmenter", name, ("none", "sam", "grounded-sam", "rembg"))
+    check_named("segmenter", name, get_args(SegmenterName))
     if name != "sam" and (box is not None or point is not None):
         raise InputError(f"a box or a point is for the segmenter `sam`, not for {name!r}")
     for what, given, length in (("box", box, 4), ("point", point, 2)):

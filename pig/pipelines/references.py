@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pig import diffusion
-from pig.data.subjects import Segment, load_cutout
-from pig.data.transforms import cut_out, has_alpha
+from pig.data.subjects import Segment, find_object, load_cutout
 from pig.errors import InputError
 from pig.models.two_unet import TwoUNet
 
@@ -29,9 +28,7 @@ def as_cutout(picture: Picture, segment: Segment | None) -> Image.Image:
     if isinstance(picture, str | Path):
         return load_cutout(Path(picture), segment)
     image, mask = picture if isinstance(picture, tuple) else (picture, None)
-    if has_alpha(image):
-        return cut_out(image)
-    return cut_out(image, segment(image, "") if mask is None and segment is not None else mask)
+    return find_object(image, mask, segment, noun="")
 
 
 def cut_outs_of(prompts: list[str], references: Any, segment: Segment | None) -> list[list[Image.Image]]:
@@ -75,17 +72,22 @@ class ReferenceCache:
         return {name: f.to(device) for name, f in self._kept[key].items()}
 
     def put(self, key: Key, features: Features) -> None:
-        size = sum(f.numel() * f.element_size() for f in features.values())
+        size = size_of(features)
         if key in self._kept or size > self.max_bytes:
             return
         while self.bytes + size > self.max_bytes:
             oldest = next((other for other in self._kept if other[0] != key[0]), None)
             if oldest is None:
                 return
-            self.bytes -= sum(f.numel() * f.element_size() for f in self._kept.pop(oldest).values())
+            self.bytes -= size_of(self._kept.pop(oldest))
         # A copy: a view would keep the whole batch alive.
         self._kept[key] = {name: f.to("cpu", copy=True) for name, f in features.items()}
         self.bytes += size
+
+
+def size_of(features: Features) -> int:
+    """In bytes."""
+    return sum(f.nbytes for f in features.values())
 
 
 def digest(*tensors: Tensor) -> str:
@@ -93,7 +95,7 @@ def digest(*tensors: Tensor) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
