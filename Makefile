@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/bootpig/toyworld.yaml
+MODEL ?= toyworld
 ARGS ?=
 WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
@@ -37,8 +38,13 @@ datagen: .venv/.ready ## 256 synthetic triplets by the toy models: captions -> i
 train: .venv/.ready ## python -m pig.cli fit --config $(CONFIG) $(ARGS); after the demo, on its data, or on yours
 	$(BIN)/python -m pig.cli fit --config $(CONFIG) $(ARGS)
 
-eval: .venv/.ready ## score the demo's images, as `python -m pig.cli evaluate` does any folder
-	$(BIN)/python -m pig.cli evaluate --images runs/demo/images --subjects runs/demo/data/subjects --out runs/demo/eval
+eval: .venv/.ready ## draw the toy benchmark (MODEL=DIR: by a model of yours), score it, make runs/eval/report.html
+	$(BIN)/python -m data_gen subjects --out runs/eval/subjects --count 12
+	$(BIN)/python -W ignore -m pig.cli generate --subjects runs/eval/subjects --out runs/eval/images_$(notdir $(MODEL)) \
+		--model $(MODEL) --images_per_prompt 2 --steps 12
+	$(BIN)/python -W ignore -m pig.cli generate --subjects runs/eval/subjects --out runs/eval/text_only \
+		--text_only toyworld --text_guidance 3 --images_per_prompt 2 --steps 12
+	$(BIN)/python -m pig.cli evaluate --config configs/evaluation/toyworld.yaml --images runs/eval/images_$(notdir $(MODEL))
 
 app: .venv/.app ## a page to draw on in the browser, at localhost:7860 (ARGS="--model DIR")
 	$(BIN)/python -W ignore -m pig.cli app $(ARGS)

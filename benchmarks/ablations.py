@@ -24,11 +24,9 @@ from rich.console import Console
 from benchmarks.sweep import USUAL, brackets
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.data.subjects import read_subjects
-from pig.demo import held_out_jobs
-from pig.evaluation.benchmark import score_subjects
+from pig.demo import held_out_jobs, toy_scorer
 from pig.generate import cut_out_all, draw_jobs
 from pig.methods.bootpig import BootPIG
-from pig.models.encoders import DinoEncoder, load_clip
 from pig.pipelines import BootPIGPipeline
 from pig.toyworld import scene
 
@@ -109,13 +107,12 @@ def train(out: Path, name: str, seed: int, steps: int) -> bool:
 def score_all(out: Path) -> Found:
     subjects = read_subjects(out / "data/subjects")
     jobs = held_out_jobs(subjects, IMAGE_SEEDS)
-    clip, dino = load_clip("toyworld"), DinoEncoder("toyworld")
+    scorer = toy_scorer(out / "eval")
 
     def score(pipeline: BootPIGPipeline, references: int, folder: Path) -> dict[str, list[float]]:
         cutouts = cut_out_all(subjects, references)
         draw_jobs(pipeline, jobs, cutouts, folder, USUAL, batch_size=12)
-        scores = score_subjects(folder, subjects, clip, dino).metrics
-        return {name: metric.per_subject().tolist() for name, metric in scores.items()}
+        return scorer.score(folder, subjects).per_subject()
 
     def over_seeds(name: str, references: int) -> dict[str, list[float]]:
         each = []

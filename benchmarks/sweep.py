@@ -20,12 +20,10 @@ from rich.console import Console
 
 from data_gen.toyworld import draw_subjects
 from pig.data.subjects import read_subjects
-from pig.demo import held_out_jobs
-from pig.evaluation.benchmark import score_subjects
-from pig.evaluation.report import Point, plane_svg
+from pig.demo import held_out_jobs, toy_scorer
+from pig.evaluation.figures import Point, plane_svg
 from pig.evaluation.statistics import interval
 from pig.generate import cut_out_all, draw_jobs, load_pipeline
-from pig.models.encoders import DinoEncoder, load_clip
 
 SEEDS = (0, 1, 2)
 USUAL: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
@@ -86,7 +84,7 @@ def main() -> None:
     rows = {"": {USUAL_NAME: (1, "unipc", {})}, **TABLES}
     count = sum(map(len, rows.values()))
     console.print(f"{count} settings x {len(jobs)} images")
-    pipeline, clip, dino = load_pipeline(chosen.model), load_clip("toyworld"), DinoEncoder("toyworld")
+    pipeline, scorer = load_pipeline(chosen.model), toy_scorer(out / "eval")
     cutouts = {count: cut_out_all(subjects, count) for count in (1, 2, 3, 4)}
     found: dict[str, dict[str, list[float]]] = {}
     for table in rows.values():
@@ -94,8 +92,7 @@ def main() -> None:
             folder = out / name.replace("/", "-").replace(" ", "_").replace(":", "").replace("%", "pc")
             pipeline.use_scheduler(scheduler)  # type: ignore[arg-type]
             draw_jobs(pipeline, jobs, cutouts[references], folder, {**USUAL, **settings}, batch_size=12)
-            scores = score_subjects(folder, subjects, clip, dino).metrics
-            found[name] = {score: metric.per_subject().tolist() for score, metric in scores.items()}
+            found[name] = scorer.score(folder, subjects).per_subject()
             console.print(f"{name}: DINO {fmean(found[name]['dino']):.3f}  CLIP-T {fmean(found[name]['clip_t']):.3f}")
     (out / "sweep.json").write_text(json.dumps(found, indent=1))
     text = "\n\n".join(markdown(title, list(table), found) for title, table in TABLES.items())
@@ -113,7 +110,7 @@ def markdown(title: str, names: list[str], found: dict[str, dict[str, list[float
     lines = [
         f"**{title}**",
         "",
-        "| | DINO | against usual | CLIP-I | CLIP-T | background |",
+        "| | DINO | against usual | CLIP-I | CLIP-T | prompt found |",
         "|---|---|---|---|---|---|",
     ]
     for name in (USUAL_NAME, *names):
@@ -122,7 +119,7 @@ def markdown(title: str, names: list[str], found: dict[str, dict[str, list[float
         gap = "" if name == USUAL_NAME else f"{fmean(gaps):+.3f} {brackets(gaps, '+.3f')}"
         cells = [f"{fmean(scores[s]):.3f} {brackets(scores[s])}" for s in ("dino", "clip_i", "clip_t")]
         cells.insert(1, gap)
-        lines.append(f"| {name} | {' | '.join(cells)} | {fmean(scores['background_accuracy']):.3f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {fmean(scores['prompt_accuracy']):.3f} |")
     return "\n".join(lines)
 
 

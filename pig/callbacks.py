@@ -16,7 +16,7 @@ from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.evaluation.metrics import SubjectScores
 from pig.methods.base import PersonalisationModule
-from pig.models.encoders import DinoEncoder, load_clip
+from pig.models.encoders import load_clip, load_dino
 
 
 class EMA(Callback):
@@ -81,11 +81,13 @@ def _trainable(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
 class SubjectSamples(Callback):
     """At each validation: draw held-out subjects, log CLIP-T, CLIP-I and DINO, and save a grid of samples.
 
-    The networks live here, in no checkpoint and no optimizer.
+    `val/selection` is the geometric mean of DINO and CLIP-T (0 where one is negative), by which the best checkpoint is
+    chosen: one per cent more of either counts the same, whatever their ranges. CLIP-I is left out, as it rises with the
+    background too. The networks live here, in no checkpoint and no optimizer, on the device that trains.
 
     Args:
         subjects: a folder of subjects (`pig.data.subjects`).
-        clip, dino: folders or hub ids in transformers' format, or `toyworld`.
+        clip, dino: as in `load_clip` and `load_dino`.
         max_subjects: how many of the subjects are drawn, one image each, prompts in turn.
         references: pictures given for each.
         steps: of the sampling; its guidance is the model's own.
@@ -108,8 +110,8 @@ class SubjectSamples(Callback):
         if stage not in ("fit", "validate"):
             return
         self.subjects: list[SubjectFolder] = read_subjects(self.folder)[: self.max_subjects]
-        self.clip = load_clip(self.clip_name)
-        self.dino = DinoEncoder(self.dino_name)
+        device = trainer.strategy.root_device
+        self.clip, self.dino = load_clip(self.clip_name, device), load_dino(self.dino_name, device)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PersonalisationModule)
@@ -122,10 +124,12 @@ class SubjectSamples(Callback):
             generator = torch.Generator().manual_seed(job.seed)
             image = pipeline(job.prompt, references, generator=generator, num_inference_steps=self.steps).images[0]
             real = [load_image(path) for path in subject.images]
-            scores.update(index, [image], [job.prompt_index], real, subject.prompts)
+            scores.update(index, [image], [job.prompt], real)
             rows.append([*references, image])
-        for name, metric in scores.metrics.items():
-            pl_module.log(f"val/{name}", metric.to(pl_module.device).compute(), rank_zero_only=trainer.world_size == 1)
+        found = {name: metric.to(pl_module.device).compute() for name, metric in scores.metrics.items()}
+        found["selection"] = (found["dino"].clamp(min=0) * found["clip_t"].clamp(min=0)).sqrt()
+        for name, value in found.items():
+            pl_module.log(f"val/{name}", value, rank_zero_only=trainer.world_size == 1)
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         if rows:  # a rank may have no subject to draw

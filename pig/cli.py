@@ -3,7 +3,9 @@
     fit | validate | test | predict   LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it
     generate                          draw a subject with a trained model, or a whole benchmark
     app                               the same on a page in the browser
-    evaluate                          score a folder of generated images
+    evaluate                          score a folder of generated images: tables and a report
+    compare                           two of these results: paired differences, images side by side
+    study                             two of these results before people's eyes
     export                            a checkpoint -> a loadable model folder
 
 `python -m pig.cli SUBCOMMAND --help` lists the arguments.
@@ -11,7 +13,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import logging
 import re
 import signal
@@ -29,13 +31,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pig.app import app
 from pig.data.modules import TripletDataModule
-from pig.data.subjects import read_subjects
 from pig.errors import InputError
-from pig.evaluation.benchmark import score_folder
+from pig.evaluation.benchmark import evaluate
+from pig.evaluation.compare import compare
+from pig.evaluation.study import study
 from pig.generate import generate
 from pig.methods.base import PersonalisationModule, load_checkpoint
 from pig.methods.bootpig import BootPIG
-from pig.models.encoders import DinoEncoder, load_clip
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -78,25 +80,14 @@ def export(checkpoint: Path, out: Path) -> None:
     print(f"{checkpoint} -> {out}")
 
 
-def evaluate(images: Path, subjects: Path, out: Path, clip: str = "toyworld", dino: str = "toyworld") -> None:
-    """Score a folder of generated images.
-
-    Args:
-        images: `SUBJECT/PROMPT_INDEX/SEED.png`, made by anything.
-        subjects: a folder of subjects in DreamBooth's layout.
-        out: where `scores.json` goes.
-        clip: `toyworld`, a folder or hub id in transformers' format, or `open_clip:MODEL/WEIGHTS`.
-        dino: a DINO ViT in transformers' format, or `toyworld`.
-    """
-    known = read_subjects(subjects)
-    scores = score_folder(images, known, load_clip(clip), DinoEncoder(dino))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").write_text(json.dumps(scores, indent=1))
-    for name, value in scores.items():
-        print(f"{name:22} {value:.4f}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "evaluate": evaluate, "export": export, "app": app}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "evaluate": evaluate,
+    "compare": compare,
+    "study": study,
+    "export": export,
+    "app": app,
+}
 
 
 def run(args: list[str]) -> Any:
@@ -104,13 +95,19 @@ def run(args: list[str]) -> Any:
         return CLI()
     command = COMMANDS[args[0]]
     parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=command.__doc__)
+    parser.add_argument("--config", action="config", help="a YAML file with any of these arguments")
     # Lists as everyone types them, `--references a.jpg b.jpg`; jsonargparse's own form is `[a.jpg,b.jpg]`.
     hints = get_type_hints(command)
-    kinds = {name: kind for name, hint in hints.items() for kind in get_args(hint) if get_origin(kind) is list}
+    kinds = {name: kind for name, hint in hints.items() for kind in (hint, *get_args(hint)) if get_origin(kind) is list}
     lists = {name: get_args(kind)[0] for name, kind in kinds.items()}
     switches = {name for name, hint in hints.items() if hint is bool}
+    parameters = inspect.signature(command).parameters
+    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY]
     for parameter in docstring_parser.parse(command.__doc__ or "").params:
-        if parameter.arg_name in lists:
+        if parameter.arg_name in positional:
+            kind = lists[parameter.arg_name]
+            parser.add_argument(parameter.arg_name, nargs="+", type=kind, help=parameter.description)
+        elif parameter.arg_name in lists:
             kind = lists[parameter.arg_name]
             parser.add_argument(f"--{parameter.arg_name}", nargs="+", type=kind, help=parameter.description)
         elif parameter.arg_name in switches:
@@ -118,7 +115,9 @@ def run(args: list[str]) -> Any:
     parser.add_function_arguments(command, as_positional=False, skip={*lists, *switches})
     # `--save-references` is `--save_references`, with or without `=...`.
     given = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args[1:]]
-    return command(**parser.parse_args(given).as_dict())
+    told = {name: value for name, value in parser.parse_args(given).as_dict().items() if name != "config"}
+    first = [told.pop(name) for name in positional]
+    return command(*first, **told)
 
 
 def main() -> None:

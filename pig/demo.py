@@ -8,6 +8,8 @@ What is finished is kept: a demo that was stopped goes on where it stood.
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import json
 import logging
 import shutil
@@ -20,7 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -31,19 +32,21 @@ from pig.data.schema import Batch
 from pig.data.shards import find_shards
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
-from pig.evaluation.benchmark import score_folder
-from pig.evaluation.report import read_curve, score_table, write_report
+from pig.evaluation.benchmark import Scorer
+from pig.evaluation.figures import curve_svg, read_curve
+from pig.evaluation.report import write_report
+from pig.evaluation.tables import means_table
 from pig.generate import cut_out_all, draw_jobs, load_pipeline
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import TOYWORLD, WEIGHTS
-from pig.models.encoders import DinoEncoder, load_clip
+from pig.models.backbone import TOYWORLD
+from pig.models.encoders import load_clip, load_dino
 from pig.toyworld import scene
 
 CONFIG = Path("configs/bootpig/toyworld.yaml")
 TRAINING_STEPS, BATCH_SIZE = 600, 32  # as in CONFIG; a test compares them
 TRIPLETS, SUBJECTS, SEEDS = 8000, 24, (0, 1)
 SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
-BASE_GUIDANCE = 3.0  # of the base model: its usual classifier-free guidance
+BASE = {**SAMPLING, "strength": 0.0, "text_guidance": 3.0}  # the base model: without references, its usual guidance
 SAMPLING_BATCH = 8
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
 COLUMNS = (
@@ -88,28 +91,27 @@ def main() -> None:
 
     subjects = read_subjects(data / "subjects")
     draw_all(out, subjects)
-    clip, dino = load_clip(TOYWORLD), DinoEncoder(TOYWORLD)
-    scores = {name: score_folder(condition_folder(out, name), subjects, clip, dino) for name in CONDITIONS}
+    scorer = toy_scorer(out / "eval")
+    results = [scorer.score(condition_folder(out, name), subjects, name=name) for name in CONDITIONS]
+    scores = {result.name: {score: one["mean"] for score, one in result.scores.items()} for result in results}
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     summary = summarise(scores)
     draw_grid(out, subjects)
     # A run that was stopped before its first step has left no metrics.
     logs = [path.parent for path in (out / "fit").glob("version_*/metrics.csv")]
     logs.sort(key=lambda path: int(path.name.removeprefix("version_")))
-    write_report(
-        out / "report.html",
-        title="BootPIG on the toy world",
-        summary=summary,
-        scores=scores,
-        grid_png=out / "grid.png",
-        curve=read_curve([path / "metrics.csv" for path in logs], "train/loss"),
-        settings=(logs[-1] / "config.yaml").read_text(),
-    )
-    console.print(score_table(scores))
+    grid = base64.b64encode((out / "grid.png").read_bytes()).decode()
+    sections = {
+        "Pictures": f'<img alt="grid of pictures" src="data:image/png;base64,{grid}">',
+        "Training loss": curve_svg(read_curve([path / "metrics.csv" for path in logs], "train/loss")),
+        "Settings": f"<pre>{html.escape((logs[-1] / 'config.yaml').read_text())}</pre>",
+    }
+    write_report(results, out, title="BootPIG on the toy world", summary=summary, sections=sections)
+    console.print(means_table(scores))
     if chosen.beside is not None:
         other = chosen.beside / "scores.json"
         if other.exists():
-            console.print(score_table(json.loads(other.read_text()), f"{chosen.beside}"))
+            console.print(means_table(json.loads(other.read_text()), f"{chosen.beside}"))
         else:
             console.print(f"(no {other} to put beside it: `make demo` makes one)")
     for line in summary:
@@ -175,15 +177,15 @@ def held_out_jobs(subjects: Sequence[SubjectFolder], seeds: Sequence[int]) -> li
 
 def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     jobs = held_out_jobs(subjects, SEEDS)
-    draw_with_base(jobs, condition_folder(out, "no_reference"))
     untrained, trained = BootPIG(TOYWORLD).pipeline(), load_pipeline(out / "export")
-    for name, pipeline, references in (
-        ("untrained", untrained, 1),
-        ("trained_1_reference", trained, 1),
-        ("trained_3_references", trained, 3),
+    for name, pipeline, references, settings in (
+        ("no_reference", untrained, 1, BASE),
+        ("untrained", untrained, 1, SAMPLING),
+        ("trained_1_reference", trained, 1, SAMPLING),
+        ("trained_3_references", trained, 3, SAMPLING),
     ):
         cutouts = cut_out_all(subjects, references)
-        draw_jobs(pipeline, jobs, cutouts, condition_folder(out, name), SAMPLING, batch_size=SAMPLING_BATCH)
+        draw_jobs(pipeline, jobs, cutouts, condition_folder(out, name), settings, batch_size=SAMPLING_BATCH)
     draw_truth(jobs, condition_folder(out, "upper_bound"))
 
 
@@ -192,23 +194,6 @@ def fresh(folder: Path, jobs: Sequence[Job], size: int = SAMPLING_BATCH) -> Iter
     (folder / MANIFEST).unlink(missing_ok=True)
     label = f"drawing {folder.name}"
     yield from track([jobs[i : i + size] for i in range(0, len(jobs), size)], description=label, console=console)
-
-
-def generators(jobs: Sequence[Job]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(job.seed) for job in jobs]
-
-
-def draw_with_base(jobs: Sequence[Job], folder: Path) -> None:
-    base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "base", dtype=torch.float32)
-    base.set_progress_bar_config(disable=True)
-    steps = SAMPLING["num_inference_steps"]
-    for batch in fresh(folder, jobs):
-        prompts = [job.prompt for job in batch]
-        images = base(
-            prompts, num_inference_steps=steps, guidance_scale=BASE_GUIDANCE, generator=generators(batch)
-        ).images
-        for job, image in zip(batch, images, strict=True):
-            save_generated(folder, job, image, method="base model", settings={"guidance_scale": BASE_GUIDANCE})
 
 
 def draw_truth(jobs: Sequence[Job], folder: Path) -> None:
@@ -221,12 +206,17 @@ def draw_truth(jobs: Sequence[Job], folder: Path) -> None:
         save_generated(folder, job, Image.fromarray(drawing.image), method="drawn", settings={})
 
 
+def toy_scorer(cache: Path) -> Scorer:
+    """By the toy world's networks; of prompts that were not drawn nothing is asked."""
+    return Scorer(load_clip(TOYWORLD), load_dino(TOYWORLD), cache, allow_missing=True)
+
+
 def summarise(scores: dict[str, dict[str, float]]) -> list[str]:
     low, high = scores["no_reference"], scores["upper_bound"]
     lines = []
     for name in ("trained_1_reference", "trained_3_references"):
         closed = (scores[name]["dino"] - low["dino"]) / (high["dino"] - low["dino"])
-        kept = scores[name]["background_accuracy"] / low["background_accuracy"]
+        kept = scores[name]["prompt_accuracy"] / low["prompt_accuracy"]
         lines.append(
             f"{name}: closes {closed:.0%} of the way in DINO from no reference to real images of the subject, "
             f"and shows the prompted background {kept:.2f} times as often as the base model"

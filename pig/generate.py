@@ -74,6 +74,7 @@ def generate(
     subjects: Path | None = None,
     prompts: Path | None = None,
     model: str = TOYWORLD,
+    text_only: str | None = None,
     images_per_prompt: int = 4,
     seed: int = 0,
     image_guidance: float | None = None,
@@ -116,6 +117,8 @@ def generate(
         subjects: in place of references and prompt: a folder of subjects in DreamBooth's layout.
         prompts: for --subjects: the prompts file, by default the folder's own `prompts_and_classes.txt`.
         model: an exported model's folder, or `toyworld`.
+        text_only: in place of a model: a Stable Diffusion (folder, hub id or `toyworld`), which draws the prompts
+            without looking at the references; what a benchmark's scores are measured from.
         images_per_prompt: with seeds `seed`, `seed + 1`, ...
         seed: of the first image of each prompt.
         image_guidance: how closely to follow the references (eta_im of Eq. 4); by default as the model says: 5 in the
@@ -171,7 +174,8 @@ def generate(
             raise InputError("--prompt: an empty prompt")
         if prompts is not None or parts > 1:
             raise InputError("--prompts and --shard are for --subjects")
-        known = [SubjectFolder("references", class_noun, tuple(references), tuple(prompt))]
+        templates = tuple(text.replace("{", "{{").replace("}", "}}") for text in prompt)
+        known = [SubjectFolder("references", class_noun, tuple(references), templates)]
     else:
         raise InputError("give --references and --prompt; or --subjects, for a whole benchmark")
 
@@ -190,7 +194,7 @@ def generate(
     segment = make_segmenter(segmenter, sam=sam, detector=detector, box=box, point=point, device=default_device())
     mine = list(dict.fromkeys(job.subject for job in jobs))
     cutouts = cut_out_all(mine, references_per_subject, segment, out if save_references else None)
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model) if text_only is None else BootPIG(text_only).pipeline().to(default_device())
     if scheduler is not None:
         pipeline.use_scheduler(scheduler)
     if reference_cache > 0:
@@ -198,7 +202,7 @@ def generate(
     settings: dict[str, Any] = {
         "image_guidance": image_guidance,
         "text_guidance": text_guidance,
-        "strength": strength,
+        "strength": strength if text_only is None else 0.0,
         "negative_prompt": negative_prompt,
         "guidance_rescale": guidance_rescale,
         "num_inference_steps": steps,

@@ -427,7 +427,8 @@ def test_generated_images_come_back(toy_data, tmp_path) -> None:
     jobs = [Job(subjects[0], 2, 7), Job(subjects[0], 2, 8), Job(subjects[3], 0, 7)]
     for job in jobs:
         save_generated(tmp_path, job, Image.new("RGB", (8, 8)), method="m", settings={"steps": 1})
-    assert [job for job, _ in read_generated(tmp_path, subjects)] == jobs
+    found = [(one.subject, one.prompt_index, one.seed) for one in read_generated(tmp_path, subjects)]
+    assert found == [(job.subject, job.prompt_index, str(job.seed)) for job in jobs]
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert lines[0]["file"] == "boat_000/2/7.png"
     save_generated(tmp_path, jobs[0], Image.new("RGB", (8, 8)), method="again", settings={})

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from pig.data.schema import GeneratedImage
-from pig.data.subjects import SubjectFolder
+from pig.data.subjects import SubjectFolder, is_picture
 from pig.errors import InputError
 
 MANIFEST = "manifest.jsonl"
@@ -87,21 +87,38 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return {file: json.loads(text) for text in texts if (file := _line_of(text)) is not None}
 
 
-def read_generated(folder: Path, subjects: Sequence[SubjectFolder]) -> list[tuple[Job, Path]]:
-    """All generated images of these subjects, by their names alone, in a fixed order.
+@dataclass(frozen=True)
+class Generated:
+    """A generated image, made by anything. `seed`: what its file is called, a number for ours."""
+
+    subject: SubjectFolder
+    prompt_index: int
+    seed: str
+    path: Path
+
+
+def read_generated(folder: Path, subjects: Sequence[SubjectFolder]) -> list[Generated]:
+    """All generated images of these subjects, by their names alone; in the order of subjects, prompts and seeds.
 
     Raises:
         InputError: there are none, or a folder's name is no prompt index of its subject.
     """
     found = []
     for subject in subjects:
-        for path in sorted((folder / subject.name).glob("*/*.png")):
+        for path in (folder / subject.name).glob("*/*"):
             index = path.parent.name
-            if not index.isdigit() or int(index) >= len(subject.prompts):
+            if not is_picture(path):
+                continue
+            if not index.isdecimal() or int(index) >= len(subject.templates):
                 raise InputError(
-                    f"{path}: {index!r} is no prompt index of {subject.name} (0..{len(subject.prompts) - 1})"
+                    f"{path}: {index!r} is no prompt index of {subject.name} (0..{len(subject.templates) - 1})"
                 )
-            found.append((Job(subject, int(index), int(path.stem) if path.stem.isdigit() else 0), path))
+            found.append(Generated(subject, int(index), path.stem, path))
     if not found:
         raise InputError(f"no generated images in {folder}: expected SUBJECT/PROMPT_INDEX/SEED.png")
-    return found
+    order = {subject.name: position for position, subject in enumerate(subjects)}
+
+    def place(one: Generated) -> tuple[int, int, int, str]:
+        return order[one.subject.name], one.prompt_index, int(one.seed) if one.seed.isdecimal() else -1, one.path.name
+
+    return sorted(found, key=place)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from PIL import Image
 
@@ -23,19 +23,29 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Segment(Protocol):
-    """Finds an object's mask (L, of the image's size) in a picture (RGB)."""
+    """Finds an object's mask (L, of the image's size) in a picture (RGB). `identity`: what decides it."""
+
+    identity: str
 
     def __call__(self, image: Image.Image, noun: str) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
 class SubjectFolder:
-    """One subject. `prompts`: for its class, without the identifier ("a backpack in the jungle")."""
+    """One subject. `templates`: its prompts with `{0}` for an identifier and `{1}` for the class noun."""
 
     name: str
     class_noun: str
     images: tuple[Path, ...]
-    prompts: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """For its class, without an identifier: "a backpack in the jungle"."""
+        return self.prompts_with("")
+
+    def prompts_with(self, identifier: str) -> tuple[str, ...]:
+        return tuple(fill_prompt(one, self.class_noun, identifier) for one in self.templates)
 
     @property
     def live(self) -> bool:
@@ -107,18 +117,31 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
         if not images:
             raise InputError(f"subject {name!r} of {folder} has no pictures in {folder / name}")
         kind = "Live Subject" if noun in LIVE_CLASSES else "Object"
-        prompts = tuple(fill_prompt(template, noun) for template in templates.get(kind, []))
-        if not prompts:
+        if not templates.get(kind):
             raise InputError(f"{listing} has no prompts under `{kind} Prompts`")
-        subjects.append(SubjectFolder(name, noun, images, prompts))
+        for template in templates[kind]:
+            try:
+                fill_prompt(template, noun)
+            except (IndexError, KeyError, ValueError) as error:
+                raise InputError(
+                    f"{listing}: {template!r} may hold {{0}} (identifier) and {{1}} (class) only"
+                ) from error
+        subjects.append(SubjectFolder(name, noun, images, tuple(templates[kind])))
     if not subjects:
         raise InputError(f"{listing} names no subject (lines `subject,class`)")
     return subjects
 
 
-def fill_prompt(template: str, class_noun: str) -> str:
-    """The prompt with the class noun and without the identifier, blanks collapsed."""
-    return " ".join(template.format("", class_noun).split())
+def fill_prompt(template: str, class_noun: str, identifier: str = "") -> str:
+    """The prompt with the class noun, by default without an identifier, blanks collapsed."""
+    return " ".join(template.format(identifier, class_noun).split())
+
+
+def prompt_kind(template: str) -> Literal["scene", "accessory", "property"]:
+    """What a prompt asks for: another place, something worn, or another look of the subject ("a red {0} {1}")."""
+    if not re.match(r"(a photo of )?(an? |the )?\{0\}", template):
+        return "property"
+    return "accessory" if re.search(r"\b(wearing|outfit)\b", template) else "scene"
 
 
 def write_prompts(folder: Path, classes: Sequence[tuple[str, str]], templates: Sequence[str]) -> None:

@@ -35,6 +35,8 @@ def load_image(path: str | Path) -> Image.Image:
                     f"{path} is {image.width}x{image.height}, more than {MAX_PIXELS // 10**6} megapixels: shrink it"
                 )
             image.load()
+            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                raise InputError(f"{path} holds numbers that are not finite (NaN): draw it again")
             return normalise(image)
     except InputError:
         raise

@@ -2,32 +2,207 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from pig.data.images import read_generated
-from pig.data.subjects import SubjectFolder
-from pig.data.transforms import load_image
-from pig.evaluation.metrics import SubjectScores
-from pig.models.encoders import Clip, DinoEncoder
+import torch
+from rich.console import Console
+
+from pig.data.subjects import Segment, SubjectFolder, read_subjects
+from pig.errors import InputError, check_ranges
+from pig.evaluation.checks import check, missing_message, some
+from pig.evaluation.comparison import Comparison, copy_notes, groups, size_notes
+from pig.evaluation.embeddings import Embedder
+from pig.evaluation.protocols import DREAMBOOTH, Protocol, ProtocolName, protocol_named
+from pig.evaluation.report import write_report
+from pig.evaluation.results import Result, summarise
+from pig.evaluation.tables import score_table, write_tables
+from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
+from pig.models.foreground import SegmenterName, make_segmenter
+
+LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "open_clip_torch", "timm", "torchmetrics")
+console = Console(soft_wrap=True)
 
 
-def score_folder(images: Path, subjects: list[SubjectFolder], clip: Clip, dino: DinoEncoder) -> dict[str, float]:
-    """DINO, CLIP-I, CLIP-T and background accuracy of the images, as `SubjectScores` defines them."""
-    return score_subjects(images, subjects, clip, dino).compute()
+class Scorer:
+    """Scores folders by one protocol with the same networks.
 
+    Args:
+        cache: folder for what the networks saw (see `Embedder`).
+        segment: finds the object, for scores without the background.
+        allow_missing: score what is there, where images are missing or unreadable, and say so in the result.
+    """
 
-def score_subjects(images: Path, subjects: list[SubjectFolder], clip: Clip, dino: DinoEncoder) -> SubjectScores:
-    scores = SubjectScores(len(subjects), clip, dino)
-    order = {subject.name: index for index, subject in enumerate(subjects)}
-    for name, group in groupby(read_generated(images, subjects), key=lambda found: found[0].subject.name):
-        found = list(group)
-        subject = subjects[order[name]]
-        scores.update(
-            order[name],
-            [load_image(path) for _, path in found],
-            [job.prompt_index for job, _ in found],
-            [load_image(path) for path in subject.images],
-            subject.prompts,
+    def __init__(
+        self,
+        clip: Clip,
+        dino: ImageEncoder,
+        cache: Path,
+        protocol: Protocol = DREAMBOOTH,
+        segment: Segment | None = None,
+        *,
+        allow_missing: bool = False,
+        batch_size: int = 32,
+    ) -> None:
+        self.clip, self.protocol, self.allow_missing = clip, protocol, allow_missing
+        self.networks: dict[str, Any] = {"clip": clip.identity, "dino": dino.identity}
+        if segment is not None:
+            self.networks["segmenter"] = segment.identity
+        self.cache, self.embed = cache, Embedder(clip, dino, cache, segment, batch_size)
+
+    def score(
+        self,
+        images: Path,
+        subjects: Sequence[SubjectFolder],
+        *,
+        images_per_prompt: int | None = None,
+        text_only: Path | None = None,
+        name: str | None = None,
+    ) -> Result:
+        """
+        Args:
+            images: `SUBJECT/PROMPT_INDEX/SEED.png`.
+            images_per_prompt: how many there must be; by default as many as any prompt has.
+            text_only: the base model's images, in the same layout.
+
+        Raises:
+            InputError: names what is missing, unreadable or contradictory; see `check`.
+        """
+        found, notes, missing = check(images, subjects, images_per_prompt)
+        base, _, base_missing = check(text_only, subjects, None) if text_only else ([], [], [])
+        missing += base_missing
+        if missing and not self.allow_missing:
+            raise InputError(missing_message(missing))
+        nouns = {path: subject.class_noun for subject in subjects for path in subject.images}
+        nouns |= {one.path: one.subject.class_noun for one in (*found, *base)}
+        looked, unreadable = self.embed(nouns)
+        if unreadable and not self.allow_missing:
+            raise InputError(
+                f"{some([f'{path}: {reason}' for path, reason in unreadable.items()])}\n"
+                "Mend or remove them, or give --allow_missing to score the rest. What was looked at is kept: the next "
+                "run takes seconds"
+            )
+        missing += [str(path) for path in unreadable]
+        if missing:
+            notes.append(f"scored is what is there: {len(missing)} entries under `missing`")
+        comparison = Comparison(subjects, self.protocol, self.clip, looked)
+        for subject, paths in comparison.photographs.items():
+            if not paths:
+                raise InputError(f"no photograph of {subject!r} can be read: nothing can be compared with it")
+        rows = comparison.rows(found)
+        if not rows:
+            raise InputError(f"none of the images in {images} can be read")
+        metrics, bounds = comparison.metrics(rows), comparison.bounds()
+        if base:
+            bounds["text_only"] = comparison.summary(comparison.rows(base))
+        scores = summarise(metrics)
+        notes += size_notes(rows) + copy_notes(rows, scores, bounds)
+        if "dino_masked" in scores and (blind := sum("dino_masked" not in row.told for row in rows)):
+            notes.append(f"no object was found in {blind} images: they have no masked scores")
+        moves = {
+            "protocol": asdict(self.protocol),
+            **self.networks,
+            "subjects": {
+                one.name: [one.templates, [looked[path].key for path in comparison.photographs[one.name]]]
+                for one in subjects
+            },
+            "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        }
+        return Result(
+            protocol=self.protocol.name,
+            hash=hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()[:16],
+            name=name or images.name,
+            scores=scores,
+            subjects=comparison.by_subject(metrics),
+            groups={group: comparison.summary(of) for group, of in groups(rows).items()},
+            bounds=bounds,
+            images=[row.told for row in rows],
+            photographs={
+                subject: [{"file": str(path.resolve()), "key": looked[path].key} for path in paths]
+                for subject, paths in comparison.photographs.items()
+            },
+            missing=missing,
+            notes=notes,
+            images_folder=str(images.resolve()),
+            moves=moves,
+            folder=self.cache,
         )
-    return scores
+
+
+def evaluate(
+    images: Path,
+    subjects: Path,
+    out: Path,
+    prompts: Path | None = None,
+    protocol: ProtocolName = "dreambooth",
+    clip: str = "toyworld",
+    dino: str = "toyworld",
+    text_only: Path | None = None,
+    segmenter: SegmenterName = "none",
+    sam: str = "toyworld",
+    images_per_prompt: int | None = None,
+    allow_missing: bool = False,
+    name: str | None = None,
+    batch_size: int = 32,
+) -> None:
+    """Score a folder of generated images: results.json, tables (CSV, Markdown, LaTeX) and report.html.
+
+    Args:
+        images: `SUBJECT/PROMPT_INDEX/SEED.png`, made by anything.
+        subjects: a folder of subjects in DreamBooth's layout.
+        out: where the results go. What the networks saw is kept in it: a second run takes seconds, a stopped one
+            goes on.
+        prompts: the prompts file, by default the subjects folder's own `prompts_and_classes.txt`.
+        protocol: the rules of scoring; the others are known deviations, to compare with who deviates.
+        clip: `toyworld`; a folder in transformers' or open_clip's format; a hub id; `open_clip:MODEL/WEIGHTS`.
+        dino: `toyworld`; a folder in transformers' or timm's format; a hub id; `timm:MODEL`.
+        text_only: images of the base model without references, for comparison (`generate --text_only`).
+        segmenter: also score the objects alone, on white: sam, grounded-sam, rembg; or none.
+        sam: of the segmenter: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth.
+        images_per_prompt: how many there must be; by default as many as any prompt has.
+        allow_missing: score what is there where images are missing or unreadable, and say so in the result.
+        name: of the method, in the tables; by default the images folder's.
+        batch_size: pictures looked at at a time.
+    """
+    check_ranges(batch_size=(batch_size, 1, 4096), images_per_prompt=(images_per_prompt or 1, 1, float("inf")))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, not a folder")
+    known, rules = read_subjects(subjects, prompts), protocol_named(protocol)
+    # Told before the networks are loaded, which may take long.
+    for folder in (images, *([text_only] if text_only else [])):
+        _, _, missing = check(folder, known, images_per_prompt if folder == images else None)
+        if missing and not allow_missing:
+            raise InputError(missing_message(missing))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    scorer = Scorer(
+        load_clip(clip, device),
+        load_dino(dino, device, crop=rules.crop),
+        out,
+        rules,
+        make_segmenter(segmenter, sam=sam, device=device),
+        allow_missing=allow_missing,
+        batch_size=batch_size,
+    )
+    result = scorer.score(images, known, images_per_prompt=images_per_prompt, text_only=text_only, name=name)
+    if scorer.embed.rank > 0:
+        return
+    if "toyworld" in (clip, dino):
+        result.notes.append("scored with networks of the toy world: the numbers mean nothing outside of it")
+    patches = f"S/{rules.dino.rpartition('/')[2]}"
+    if not str(scorer.networks["dino"]["network"]).endswith(f" {patches[2:]}"):
+        result.notes.append(f"{protocol} means {rules.dino}; this is a {scorer.networks['dino']['network']}")
+    result.write(out)
+    write_tables([result], out)
+    write_report([result], out)
+    console.print(score_table(result))
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False)
+    for file in ("report.html", "results.json", "table.md"):
+        console.print(f"  {out / file}", highlight=False)

@@ -1,146 +1,196 @@
-"""Show results: a table for the terminal, and one self-contained HTML page."""
+"""One self-contained HTML page of one or several results: tables, the plane, galleries with filters."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from rich.table import Table
+from pig.evaluation.figures import Point, plane_svg
+from pig.evaluation.results import Result, Score, notes_of
+from pig.evaluation.tables import BOUNDS, PUBLISHED, TITLES, names_of, rows_of, short
 
-from pig.evaluation.statistics import interval
-
-Scores = Mapping[str, Mapping[str, float]]  # condition -> score -> value
-
-
-def score_table(scores: Scores, title: str = "held-out subjects, held-out prompts") -> Table:
-    table = Table(title=title)
-    table.add_column("condition")
-    names = list(next(iter(scores.values())))
-    for name in names:
-        table.add_column(name, justify="right")
-    for condition, values in scores.items():
-        table.add_row(condition, *(f"{values[name]:.3f}" for name in names))
-    return table
-
-
-def read_curve(files: Iterable[Path], column: str) -> list[tuple[int, float]]:
-    """(step, value) of a column in CSVLogger's files; where a run was resumed, the later file counts."""
-    curve = {}
-    for file in files:
-        with file.open() as stream:
-            curve.update({int(row["step"]): float(row[column]) for row in csv.DictReader(stream) if row.get(column)})
-    return sorted(curve.items())
-
-
-def _curve_svg(curve: Sequence[tuple[int, float]], width: int = 640, height: int = 180) -> str:
-    steps, values = zip(*curve, strict=True)
-    low, high = min(values), max(values)
-    points = " ".join(
-        f"{40 + (s - steps[0]) / max(1, steps[-1] - steps[0]) * (width - 50):.1f},"
-        f"{10 + (high - v) / max(1e-9, high - low) * (height - 30):.1f}"
-        for s, v in curve
-    )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="100%" style="max-width:{width}px">'
-        f'<polyline points="{points}" fill="none" stroke="#2a6" stroke-width="1.5"/>'
-        f'<text x="0" y="16">{high:.3f}</text><text x="0" y="{height - 20}">{low:.3f}</text>'
-        f'<text x="40" y="{height - 4}">step {steps[0]}</text>'
-        f'<text x="{width - 10}" y="{height - 4}" text-anchor="end">{steps[-1]}</text></svg>'
-    )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A method or setting: the scores of each subject by the score's name (`dino`, `clip_t`)."""
-
-    name: str
-    scores: Mapping[str, Sequence[float]]
-
-
-def plane_svg(points: Sequence[Point], width: int = 720, height: int = 480) -> str:
-    """Prompt fidelity (CLIP-T) across, subject fidelity (DINO) up, with 95 % intervals: DreamBlend's Fig. 6."""
-    xs, ys = ([(fmean(p.scores[s]), *interval(p.scores[s])) for p in points] for s in ("clip_t", "dino"))
-    left, bottom, margin = 56, height - 44, 16
-
-    def scale(values: Sequence[tuple[float, ...]], start: float, end: float) -> tuple[Callable[[float], float], Any]:
-        low, high = min(v[1] for v in values), max(v[2] for v in values)
-        step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8 or s == 0.5)
-        low, high = math.floor(low / step) * step, math.ceil(high / step + 1e-9) * step
-        ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
-        return lambda value: start + (value - low) / (high - low) * (end - start), ticks
-
-    x_of, x_ticks = scale(xs, left, width - margin)
-    y_of, y_ticks = scale(ys, bottom, margin)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui,sans-serif" '
-        f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
-    for tick in x_ticks:
-        at = x_of(tick)
-        parts.append(f'<path d="M{at:.1f} {margin}V{bottom}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.2f}</text>')
-    for tick in y_ticks:
-        at = y_of(tick)
-        parts.append(f'<path d="M{left} {at:.1f}H{width - margin}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
-    taken: list[tuple[float, float]] = []
-    for point, x, y in zip(points, xs, ys, strict=True):
-        (at_x, x_low, x_high), (at_y, y_low, y_high) = map(x_of, x), map(y_of, y)
-        bars = f"M{x_low:.1f} {at_y:.1f}H{x_high:.1f}M{at_x:.1f} {y_low:.1f}V{y_high:.1f}"
-        parts.append(f'<path d="{bars}" stroke="#9cb" fill="none"/>')
-        parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="#175"/>')
-        # The label stands above its point, or as near as the others let it.
-        label_y = next(
-            at_y + shift
-            for shift in (-6, 15, -20, 29, *range(-34, -height, -14))
-            if all(abs(at_x - x) > 7 * len(point.name) + 14 or abs(at_y + shift - y) > 12 for x, y in taken)
-        )
-        taken.append((at_x, label_y))
-        parts.append(f'<text x="{at_x + 6:.1f}" y="{label_y:.1f}">{html.escape(point.name)}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">CLIP-T (prompt)</text>')
-    parts.append(f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">DINO (subject)</text>')
-    parts.append("</svg>")
-    return "".join(parts)
+TEMPLATE = Path(__file__).with_suffix(".html")
+CELL = ("key", "file", "dino", "clip_i", "clip_t", "copied", "nearest", "nearest_dino")
 
 
 def write_report(
+    results: Sequence[Result],
     out: Path,
     *,
-    title: str,
-    summary: Sequence[str],
-    scores: Scores,
-    grid_png: Path,
-    curve: Sequence[tuple[int, float]],
-    settings: str,
+    title: str | None = None,
+    summary: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
 ) -> None:
-    """One HTML file that needs no other: summary, grid, table, loss curve and settings."""
-    names = list(next(iter(scores.values())))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("condition", *names))
-    body = "".join(
-        f"<tr><td>{html.escape(condition)}</td>" + "".join(f"<td>{values[name]:.3f}</td>" for name in names) + "</tr>"
-        for condition, values in scores.items()
+    """Write `out/report.html`. Several results: their images side by side, prompt by prompt.
+
+    Args:
+        summary: lines under the title.
+        sections: heading -> HTML, between the plane and the images.
+    """
+    first = results[0]
+    title = title or " against ".join(result.name for result in results)
+    lines = [f"<p>{html.escape(line)}</p>" for line in summary]
+    for result in results:
+        told = f"{result.name}: {len(result.images)} images of {len(result.subjects)} subjects"
+        lines.append(f'<p class="dim">{html.escape(told)}; protocol {result.protocol}, hash {result.hash}</p>')
+    lines += [f'<p class="note">{html.escape(note)}</p>' for note in notes_of(results)]
+    body = [_section("Scores", "".join(score_rows(result) for result in results) + _explanation(first))]
+    points = [Point(result.name, result.per_subject()) for result in results]
+    if len(first.subjects) > 1 or len(points) > 1:
+        plane = plane_svg(points, fixed_of(first), ceiling_of(first))
+        body.append(_section("The plane", f'<div class="plane">{plane}</div>'))
+    body += [_section(heading, content) for heading, content in (sections or {}).items()]
+    tail = [_section("Subjects", "".join(subject_rows(result) for result in results))]
+    tail.append(_section("As published", published_rows()))
+    moves = html.escape(json.dumps({result.name: result.moves for result in results}, indent=1))
+    moving = "<p>The hash is of all this; scores of other hashes are other scores.</p>"
+    tail.append(
+        _section("What moves the numbers", f"{moving}<details><summary>show</summary><pre>{moves}</pre></details>")
     )
-    picture = base64.b64encode(grid_png.read_bytes()).decode()
-    out.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}}
-img{{max-width:100%}}table{{border-collapse:collapse;display:block;overflow-x:auto}}
-td,th{{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}
-pre{{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:13px}}svg text{{font-size:11px;fill:#555}}</style>
-<h1>{html.escape(title)}</h1>{"".join(f"<p>{html.escape(line)}</p>" for line in summary)}
-<h2>Pictures</h2><img alt="grid of pictures" src="data:image/png;base64,{picture}">
-<h2>Scores</h2><table><tr>{head}</tr>{body}</table>
-<p>dino, clip_i: cosine to the subject's real pictures. clip_t: cosine to the prompt. background_accuracy: how often
-CLIP finds the prompted background among all ten.</p>
-<h2>Training loss</h2>{_curve_svg(curve)}
-<h2>Settings</h2><pre>{html.escape(settings)}</pre></html>"""
+    filled = {
+        "title": html.escape(title),
+        "summary": "\n".join(lines),
+        "body": "\n".join(body),
+        "tail": "\n".join(tail),
+        "card": str(150 if len(results) == 1 else min(160 * len(results), 640)),
+        "wide": str(190 if len(results) == 1 else min(160 * (len(results) + 1), 640)),
+        "wide_phone": str(165 if len(results) == 1 else 300),
+        "phone": str(105 if len(results) == 1 else 300),
+        # `</script>` in a prompt must not end the script.
+        "data": json.dumps(gallery(results)).replace("</", "<\\/"),
+    }
+    page = TEMPLATE.read_text()
+    for name, content in filled.items():
+        page = page.replace("{{" + name + "}}", content)
+    (out / "report.html").write_text(page)
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
+
+
+def table_of(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """rows: (class, cells); the cells are HTML."""
+    top = "".join(f"<th>{html.escape(one)}</th>" for one in head)
+    body = "".join(f'<tr class="{kind}">{"".join(f"<td>{one}</td>" for one in cells)}</tr>' for kind, cells in rows)
+    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _cell(scores: Mapping[str, Score], name: str) -> str:
+    score = scores.get(name)
+    if score is None:
+        return ""
+    around = "" if score["low"] == score["high"] else f" <small>[{short(score['low'])}, {short(score['high'])}]</small>"
+    return short(score["mean"]) + around
+
+
+def score_rows(result: Result) -> str:
+    names = names_of(result)
+    rows = [
+        (sort, [html.escape(name), *(_cell(scores, one) for one in names)])
+        for sort, name, scores in rows_of(result)
+        if sort != "subject"
+    ]
+    return table_of(["", *(TITLES[name] for name in names)], rows)
+
+
+def subject_rows(result: Result) -> str:
+    names = names_of(result)
+    rows = [
+        (sort, [html.escape(name), *(_cell(scores, one) for one in names)])
+        for sort, name, scores in rows_of(result)
+        if sort == "subject"
+    ]
+    return table_of([result.name, *(TITLES[name] for name in names)], rows)
+
+
+def published_rows() -> str:
+    rows = [
+        (
+            "bound",
+            [html.escape(one.name), *(short(x) if x else "" for x in (one.dino, one.clip_i, one.clip_t)), one.protocol],
+        )
+        for one in PUBLISHED
+    ]
+    note = (
+        '<p class="dim">On the DreamBooth benchmark, as the papers print them; the protocol where it is known. Compare '
+        "only with scores of the same networks.</p>"
     )
+    return note + table_of(["", "DINO", "CLIP-I", "CLIP-T", "protocol"], rows)
+
+
+def _explanation(result: Result) -> str:
+    text = (
+        "Cosines. DINO, CLIP-I: to the subject's photographs; CLIP-T: to the prompt. In brackets: 95 % intervals, "
+        "subjects drawn again (cluster bootstrap)."
+    )
+    if "dino_masked" in result.scores:
+        text += " Object alone: cut out, on white."
+    if "diversity" in result.scores:
+        text += " Diversity: 1 - the DINO cosine between images of one prompt."
+    if "prompt_accuracy" in result.scores:
+        text += " Prompt found: how often CLIP finds an image's own prompt the most similar of all."
+    return f'<p class="dim">{html.escape(text)}</p>'
+
+
+def fixed_of(result: Result) -> list[tuple[str, float, float]]:
+    """Bounds that have a place in the plane: (name, CLIP-T, DINO)."""
+    return [
+        (BOUNDS[name], scores["clip_t"]["mean"], scores["dino"]["mean"])
+        for name, scores in result.bounds.items()
+        if "clip_t" in scores and "dino" in scores
+    ]
+
+
+def ceiling_of(result: Result) -> float | None:
+    """DINO of real photographs against each other, which have no prompt."""
+    real = result.bounds["real"].get("dino")
+    return None if real is None else real["mean"]
+
+
+def gallery(results: Sequence[Result]) -> dict[str, Any]:
+    """What the page's script draws; images of several results are paired by subject, prompt and seed."""
+    thumbnails: dict[str, str] = {}
+
+    def thumbnail(result: Result, key: str) -> str:
+        if key not in thumbnails:
+            picture = result.folder / "thumbnails" / f"{key}.jpg"
+            if picture.exists():
+                thumbnails[key] = "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()
+        return key
+
+    items: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for number, result in enumerate(results):
+        near = {
+            subject: {Path(one["file"]).name: one["key"] for one in of} for subject, of in result.photographs.items()
+        }
+        for image in result.images:
+            place = (image["subject"], image["prompt_index"], image["seed"])
+            told = {name: image[name] for name in ("subject", "prompt", "kind", "seed")}
+            item = items.setdefault(place, {**told, "cells": [None] * len(results)})
+            item["cells"][number] = {name: _rounded(image.get(name)) for name in CELL}
+            thumbnail(result, image["key"])
+            if image["copied"]:
+                item["near"] = thumbnail(result, near[image["subject"]][image["nearest"]])
+    first = results[0]
+    subjects = {
+        name: {
+            "photographs": [thumbnail(first, one["key"]) for one in photographs],
+            "told": ", ".join(
+                f"{TITLES[score]} {short(first.subjects[name][score])}"
+                for score in ("dino", "clip_t")
+                if name in first.subjects
+            ),
+        }
+        for name, photographs in first.photographs.items()
+    }
+    methods = [result.name for result in results]
+    return {"methods": methods, "items": list(items.values()), "subjects": subjects, "thumbnails": thumbnails}
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value

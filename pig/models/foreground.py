@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from pig.data.subjects import Segment
 from pig.errors import InputError, check_named
+from pig.models.encoders import weights_digest
 from pig.models.segmenters import best_boxes, encode, is_background, load_detector, load_sam, masks_for
 
 SegmenterName = Literal["none", "sam", "grounded-sam", "rembg"]
@@ -60,6 +62,7 @@ class SamSegmenter:
 
     def __init__(self, sam: str, box: Sequence[float] | None, point: Sequence[float] | None, device: str) -> None:
         self.sam, self.box, self.point = load_sam(sam, device), box, point
+        self.identity = f"sam {weights_digest(self.sam)} {box} {point}"
 
     def __call__(self, image: Image.Image, noun: str = "") -> Image.Image:
         width, height = image.size
@@ -88,6 +91,7 @@ class GroundedSamSegmenter:
 
         self.sam = load_sam(sam, device)
         self.detector = load_detector(AutoModelForZeroShotObjectDetection, detector, device)
+        self.identity = f"grounded-sam {weights_digest(self.sam)} {detector}"
 
     def __call__(self, image: Image.Image, noun: str) -> Image.Image:
         if not noun.strip():
@@ -112,6 +116,7 @@ class RembgSegmenter:
         except ImportError as error:
             raise InputError("the segmenter `rembg` needs its package: pip install 'pig[rembg]'") from error
         self.remove: Any = rembg.remove
+        self.identity = f"rembg {version('rembg')}"
         try:
             self.session = rembg.new_session()
         except Exception as error:  # the download's own kinds

@@ -1,0 +1,133 @@
+"""`compare A B`: paired differences of results, with interval and p-value, and their images side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.table import Table
+
+from pig.errors import InputError
+from pig.evaluation.report import table_of, write_report
+from pig.evaluation.results import Result, notes_of
+from pig.evaluation.statistics import interval, sign_flip_p
+from pig.evaluation.tables import MAIN, TITLES, score_table, short, write_tables
+
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the first result to another, in one score: mean over subjects, 95 % interval, two-sided p-value."""
+
+    other: str
+    score: str
+    mean: float
+    low: float
+    high: float
+    p: float
+    subjects: int
+
+
+def compare(results: list[Path], /, out: Path) -> None:
+    """Compare the first of several results with each other one, on the images that both have.
+
+    Args:
+        results: folders of `evaluate`, the first one against the others.
+        out: where report.html (images side by side) and the tables go.
+    """
+    if len(results) < 2:
+        raise InputError("compare needs at least two folders of results")
+    read = named_apart([Result.read(folder) for folder in results])
+    check_alike(read)
+    found = [one for other in read[1:] for one in differences(read[0], other)]
+    out.mkdir(parents=True, exist_ok=True)
+    several = len(read) > 2
+    head = ["", "difference", "95 % interval", "p"]
+    rows = [
+        (
+            f"{TITLES[one.score]}, {one.other}" if several else TITLES[one.score],
+            signed(one.mean),
+            f"{signed(one.low)} to {signed(one.high)}",
+            f"{one.p:.4f}",
+        )
+        for one in found
+    ]
+    table = Table(*head, title=f"{read[0].name} less {', '.join(one.name for one in read[1:])}")
+    for row in rows:
+        table.add_row(*row)
+    for result in read:
+        console.print(score_table(result))
+    console.print(table)
+    told = (
+        f"Means over {found[0].subjects} subjects of what each image of the first has more than the other's of the "
+        "same prompt and seed; interval: subjects drawn again; p: signs of the subjects' differences flipped at random."
+    )
+    section = table_of(head, [("all", row) for row in rows]) + f'<p class="dim">{told}</p>'
+    write_tables(read, out)
+    write_report(read, out, sections={"Differences": section})
+    for note in notes_of(read):
+        console.print(f"note: {note}", highlight=False)
+    for file in ("report.html", "table.md"):
+        console.print(f"  {out / file}", highlight=False)
+
+
+def named_apart(results: Sequence[Result]) -> list[Result]:
+    names = [one.name for one in results]
+    for number, one in enumerate(results):
+        if names.count(names[number]) > 1:
+            one.name = f"{names[number]} ({one.folder.name})"
+    if len({one.name for one in results}) < len(results):
+        for number, one in enumerate(results):
+            one.name = f"{one.name} {number + 1}"
+    return list(results)
+
+
+def check_alike(results: Sequence[Result]) -> None:
+    """Refuse scores that mean different things; other library versions alone are noted."""
+    first = results[0]
+    for other in results[1:]:
+        unlike = [name for name in {**first.moves, **other.moves} if first.moves.get(name) != other.moves.get(name)]
+        if unlike == ["libraries"]:
+            other.notes.append(f"made with other library versions than {first.name}: {other.moves['libraries']}")
+        elif unlike:
+            raise InputError(
+                f"{first.folder} and {other.folder} differ in {', '.join(unlike)}: their scores mean different things. "
+                "Evaluate both with the same protocol, networks and subjects"
+            )
+
+
+def differences(first: Result, other: Result) -> list[Difference]:
+    """Of each main score that both have; pairs are images of the same subject, prompt and seed, averaged by subject.
+
+    Raises:
+        InputError: they have no image in common.
+    """
+    theirs = {place_of(image): image for image in other.images}
+    pairs = [(image, theirs[place_of(image)]) for image in first.images if place_of(image) in theirs]
+    if not pairs:
+        raise InputError(f"{first.name} and {other.name} have no image of the same subject, prompt and seed")
+    found = []
+    for score in (*MAIN, "clip_i_masked", "dino_masked"):
+        both = [pair for pair in pairs if score in pair[0] and score in pair[1]]
+        if not both:
+            continue
+        means = [
+            fmean(a[score] - b[score] for a, b in group)
+            for _, group in groupby(both, key=lambda pair: pair[0]["subject"])
+        ]
+        low, high = interval(means)
+        found.append(Difference(other.name, score, fmean(means), low, high, sign_flip_p(means), len(means)))
+    return found
+
+
+def place_of(image: dict) -> tuple[str, int, str]:
+    return image["subject"], image["prompt_index"], image["seed"]
+
+
+def signed(value: float) -> str:
+    return f"{'+' if value >= 0 else '-'}{short(abs(value))}"

@@ -1,0 +1,88 @@
+"""What an evaluation found: `results.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pig.errors import InputError
+from pig.evaluation.metrics import PerSubject
+from pig.evaluation.statistics import interval
+
+RESULTS = "results.json"
+Score = dict[str, float]  # mean, low, high
+
+
+@dataclass
+class Result:
+    """All of an evaluation; `results.json` holds it as it is.
+
+    Attributes:
+        scores: name -> mean and 95 % interval (cluster bootstrap over subjects). clip_t, clip_i, dino: see
+            `pig.evaluation.metrics`; *_masked: of the object alone, on white; diversity: 1 - the DINO cosine between
+            images of one prompt; prompt_accuracy: how often CLIP finds an image's own prompt the most similar of the
+            subject's; clip_t_without_property: without prompts such as "a red dog".
+        subjects: name -> score -> mean.
+        groups: `live`, `object`, a kind of prompt, `seed N` -> score -> mean and interval.
+        bounds: `real` (real pictures against each other), `copy` (the first one under every prompt) and, where
+            given, `text_only`, scored by the same code.
+        images: one entry per image; `clip_i_each` and `dino_each`: against each of the subject's photographs.
+        moves: everything that moves the numbers; `hash` is its sha256.
+    """
+
+    protocol: str
+    hash: str
+    name: str
+    scores: dict[str, Score]
+    subjects: dict[str, dict[str, float]]
+    groups: dict[str, dict[str, Score]]
+    bounds: dict[str, dict[str, Score]]
+    images: list[dict[str, Any]]
+    photographs: dict[str, list[dict[str, str]]]
+    missing: list[str]
+    notes: list[str]
+    images_folder: str
+    moves: dict[str, Any]
+    folder: Path = field(default=Path(), compare=False)  # where it was read from
+
+    def per_subject(self) -> dict[str, list[float]]:
+        """score -> the mean of each subject that has it."""
+        return {name: [of[name] for of in self.subjects.values() if name in of] for name in self.scores}
+
+    def write(self, out: Path) -> None:
+        told = {name: value for name, value in asdict(self).items() if name != "folder"}
+        partial = out / f"{RESULTS}.tmp"
+        partial.write_text(json.dumps(told, indent=1, allow_nan=False))
+        partial.replace(out / RESULTS)
+
+    @classmethod
+    def read(cls, folder: Path) -> Result:
+        """
+        Raises:
+            InputError: the folder holds no result of `evaluate`.
+        """
+        try:
+            return cls(**json.loads((folder / RESULTS).read_text()), folder=folder)
+        except OSError as error:
+            raise InputError(f"{folder} holds no {RESULTS}: make it with `evaluate --out {folder}`") from error
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder / RESULTS} is no result of this version's `evaluate`: {error}") from error
+
+
+def notes_of(results: Sequence[Result]) -> list[str]:
+    """All notes; those that not all results have with the name of whose they are."""
+    shared = [note for note in results[0].notes if all(note in one.notes for one in results)]
+    return [f"{one.name}: {note}" for one in results for note in one.notes if note not in shared] + shared
+
+
+def summarise(metrics: Mapping[str, PerSubject]) -> dict[str, Score]:
+    """Mean and 95 % interval of each score."""
+    found = {}
+    for name, metric in metrics.items():
+        counts = None if metric.by_subject else metric.count[metric.count > 0].tolist()
+        low, high = interval(metric.per_subject().tolist(), counts)
+        found[name] = {"mean": metric.compute().item(), "low": low, "high": high}
+    return found
