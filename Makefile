@@ -44,7 +44,8 @@ eval: .venv/.ready ## draw the toy benchmark (MODEL=DIR: by a model of yours), s
 		--model $(MODEL) --images_per_prompt 2 --steps 12
 	$(BIN)/python -W ignore -m pig.cli generate --subjects runs/eval/subjects --out runs/eval/text_only \
 		--text_only toyworld --text_guidance 3 --images_per_prompt 2 --steps 12
-	$(BIN)/python -m pig.cli evaluate --config configs/evaluation/toyworld.yaml --images runs/eval/images_$(notdir $(MODEL))
+	$(BIN)/python -W ignore -m pig.cli evaluate --config configs/evaluation/toyworld.yaml --out runs/eval \
+		--images runs/eval/images_$(notdir $(MODEL)) --text_only runs/eval/text_only --subjects runs/eval/subjects
 
 app: .venv/.app ## a page to draw on in the browser, at localhost:7860 (ARGS="--model DIR")
 	$(BIN)/python -W ignore -m pig.cli app $(ARGS)

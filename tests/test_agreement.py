@@ -262,16 +262,16 @@ def test_two_processes_find_the_same(folder, tmp_path) -> None:
     """Two gloo ranks look at half of the pictures each, as `torchrun` starts them."""
     command = ["-m", "pig.cli", "evaluate", f"--images={folder / 'images'}", f"--subjects={folder / 'subjects'}"]
     command += [f"--clip={folder / 'clip'}", f"--dino={folder / 'dino'}", "--batch_size=4"]
-    subprocess.run([sys.executable, *command, f"--out={tmp_path / 'one'}"], check=True, capture_output=True)
+    one = score(folder, tmp_path, "dreambooth", "clip", "dino")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713"]
     ran = subprocess.run(
         [sys.executable, *launch, *command, f"--out={tmp_path / 'two'}"], check=False, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert one["hash"] == two["hash"]
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    assert one.hash == two["hash"]
     assert len(list((tmp_path / "two/embeddings").rglob("*.safetensors"))) >= 6  # batches of 4
-    for name, found in one["scores"].items():
+    for name, found in one.scores.items():
         assert two["scores"][name]["mean"] == pytest.approx(found["mean"], abs=1e-6), name
 
 

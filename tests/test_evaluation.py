@@ -1,28 +1,39 @@
-"""Scores against independent computations by plain loops, and scoring a folder that anything made."""
+"""Statistics, scoring of folders that anything made, reports and comparisons."""
 
 from __future__ import annotations
 
+import csv
+import inspect
 import json
 import re
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer, ViTModel
+from small_networks import noise, save_benchmark
 
 from benchmarks import sweep
-from pig.data.grids import labelled_grid
-from pig.data.images import Job, save_generated
-from pig.data.subjects import read_subjects
-from pig.evaluation.benchmark import score_folder
-from pig.evaluation.metrics import SubjectMean
-from pig.evaluation.report import Point, plane_svg, read_curve, score_table, write_report
-from pig.evaluation.statistics import interval
+from pig import cli
+from pig.data.subjects import load_cutout, prompt_kind, read_subjects
+from pig.data.transforms import load_image
+from pig.errors import InputError
+from pig.evaluation import benchmark
+from pig.evaluation.benchmark import Scorer
+from pig.evaluation.compare import differences
+from pig.evaluation.embeddings import Embedder
+from pig.evaluation.figures import Point, plane_svg, read_curve
+from pig.evaluation.metrics import SubjectFidelity, SubjectMean
+from pig.evaluation.protocols import PROTOCOLS
+from pig.evaluation.results import Result
+from pig.evaluation.statistics import interval, sign_flip_p
 from pig.models.backbone import WEIGHTS
-from pig.models.encoders import ClipEncoder, DinoEncoder
+from pig.models.encoders import ClipEncoder, DinoEncoder, load_clip, load_dino
+from pig.models.foreground import make_segmenter
 from pig.toyworld import scene
 
 
@@ -34,63 +45,6 @@ def clip() -> ClipEncoder:
 @pytest.fixture(scope="module")
 def dino() -> DinoEncoder:
     return DinoEncoder(WEIGHTS / "dino")
-
-
-def pixels(picture: Image.Image, resize: int, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Bicubic to `resize`, centre crop 64, standardise; by PIL and numpy alone."""
-    array = np.asarray(picture.resize((resize, resize), Image.Resampling.BICUBIC), dtype=np.float64) / 255
-    margin = round((resize - 64) / 2)
-    array = array[margin : margin + 64, margin : margin + 64]
-    return torch.from_numpy(((array - mean) / std).transpose(2, 0, 1)).float()[None]
-
-
-def test_scores_equal_plain_loops(toy_data, tmp_path, clip, dino) -> None:
-    subjects = read_subjects(toy_data / "subjects")[:3]
-    rng = np.random.default_rng(0)
-    for subject, count in zip(subjects, (3, 1, 2), strict=True):
-        for seed in range(count):
-            picture = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-            save_generated(tmp_path, Job(subject, seed, seed), picture, method="noise", settings={})
-    scores = score_folder(tmp_path, subjects, clip, dino)
-
-    clip_model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
-    vit = ViTModel.from_pretrained(WEIGHTS / "dino", dtype=torch.float32, add_pooling_layer=False).eval()
-    clip_mean, clip_std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    dino_mean, dino_std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-    def unit(x: torch.Tensor) -> torch.Tensor:
-        return x / x.norm()
-
-    def clip_image(picture: Image.Image) -> torch.Tensor:
-        return unit(
-            clip_model.visual_projection(clip_model.vision_model(pixels(picture, 64, clip_mean, clip_std))[1])[0]
-        )
-
-    def clip_text(text: str) -> torch.Tensor:
-        ids = tokenizer([text], padding="max_length", max_length=32, return_tensors="pt").input_ids
-        return unit(clip_model.text_projection(clip_model.text_model(ids)[1])[0])
-
-    def dino_image(picture: Image.Image) -> torch.Tensor:
-        return unit(vit(pixels(picture, 73, dino_mean, dino_std)).last_hidden_state[0, 0])
-
-    means: dict[str, list[float]] = {"dino": [], "clip_i": [], "clip_t": [], "background_accuracy": []}
-    with torch.no_grad():
-        for subject in subjects:
-            values: dict[str, list[float]] = {name: [] for name in means}
-            for path in sorted((tmp_path / subject.name).glob("*/*.png")):
-                picture, index = Image.open(path), int(path.parent.name)
-                for real_path in subject.images:
-                    real = Image.open(real_path).convert("RGB")
-                    values["dino"].append(float(dino_image(picture) @ dino_image(real)))
-                    values["clip_i"].append(float(clip_image(picture) @ clip_image(real)))
-                similarity = [float(clip_image(picture) @ clip_text(prompt)) for prompt in subject.prompts]
-                values["clip_t"].append(similarity[index])
-                values["background_accuracy"].append(float(np.argmax(similarity) == index))
-            for name, one in values.items():
-                means[name].append(float(np.mean(one)))
-    for name, per_subject in means.items():
-        assert scores[name] == pytest.approx(float(np.mean(per_subject)), abs=1e-5), name
 
 
 def test_subject_mean_averages_within_subjects_first() -> None:
@@ -118,32 +72,6 @@ def test_score_networks_tell_subjects_and_prompts_apart(toy_data, clip, dino) ->
     assert (found == torch.tensor(wanted)).float().mean() > 0.95
 
 
-def test_report_is_one_file(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,train/loss,val/dino\n0,0.5,\n10,,0.3\n20,0.25,\n")
-    (tmp_path / "resumed.csv").write_text("step,train/loss\n20,0.125\n30,0.1\n")
-    curve = read_curve([tmp_path / "metrics.csv", tmp_path / "resumed.csv"], "train/loss")
-    assert curve == [(0, 0.5), (20, 0.125), (30, 0.1)]
-    picture = Image.new("RGB", (8, 8), (255, 0, 0))
-    labelled_grid(["a", "b"], [("one", [picture, picture])], size=32).save(tmp_path / "grid.png")
-    scores = {"trained": {"dino": 0.5, "clip_t": 0.25}}
-    write_report(
-        tmp_path / "report.html",
-        title="T <b>",
-        summary=["s"],
-        scores=scores,
-        grid_png=tmp_path / "grid.png",
-        curve=curve,
-        settings="x: <1>",
-    )
-    page = (tmp_path / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "T &lt;b&gt;" in page
-    assert "<td>0.500</td>" in page
-    assert "x: &lt;1&gt;" in page
-    assert score_table(scores).row_count == 1
-    json.dumps(scores)
-
-
 def test_intervals_resample_subjects() -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(0.6, 0.2, 50)
@@ -153,6 +81,291 @@ def test_intervals_resample_subjects() -> None:
     assert high == pytest.approx(draws[19_499], abs=0.005)
     assert interval([0.5]) == (0.5, 0.5)
     assert interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_micro_means_and_ranks() -> None:
+    metric = SubjectMean(3, by_subject=False)
+    metric.update(torch.tensor([1.0, 1.0, 1.0, 0.0]), 0)
+    metric.update(torch.tensor([[0.25]]), 2)
+    assert metric.compute() == pytest.approx(3.25 / 5)
+
+
+def features_of_rank(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(2 + rank, 8, generator=generator), torch.randn(3, 8, generator=generator)
+
+
+def reduce_in_ranks(rank: int, file: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    metric = SubjectFidelity(2)
+    metric.update(*features_of_rank(rank), subject=rank)
+    torch.save(metric.compute(), f"{results}{rank}")
+
+
+def test_metrics_reduce_over_processes(tmp_path) -> None:
+    told = (str(tmp_path / "meet"), str(tmp_path / "found"))
+    torch.multiprocessing.start_processes(reduce_in_ranks, told, nprocs=2, start_method="fork")
+    alone = SubjectFidelity(2)
+    for rank in (0, 1):
+        alone.update(*features_of_rank(rank), subject=rank)
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"found{rank}") == pytest.approx(alone.compute())
+
+
+def test_weighted_intervals_and_sign_flips() -> None:
+    rng = np.random.default_rng(1)
+    values, counts = rng.normal(0.6, 0.2, 40), rng.integers(1, 9, 40)
+    picks = rng.integers(0, 40, (20_000, 40))
+    draws = np.sort((values * counts)[picks].sum(1) / counts[picks].sum(1))
+    assert interval(values, counts) == pytest.approx((draws[500], draws[19_499]), abs=0.005)
+    # All signs of 6 differences: 2 of 64 give as large a mean as 6 equal ones.
+    assert sign_flip_p([0.1] * 6) == pytest.approx(2 / 64)
+    assert sign_flip_p([0.3, -0.3, 0.2, -0.2]) == 1.0
+    assert sign_flip_p([0.3]) == 1.0
+    differences = rng.normal(0.05, 0.2, 40)
+    signs = rng.choice([-1, 1], (20_000, 40))
+    expected = (np.abs((signs * differences).mean(1)) >= abs(differences.mean())).mean()
+    assert sign_flip_p(differences) == pytest.approx(expected, abs=0.02)
+
+
+def test_prompt_kinds() -> None:
+    scenes = [
+        "a {0} {1} in the jungle",
+        "a photo of a {0} {1}, on a beach",
+        "a {0} {1} on top of a purple rug in a forest",
+    ]
+    assert {prompt_kind(one) for one in scenes} == {"scene"}
+    assert {prompt_kind(f"a {{0}} {{1}} {one}") for one in ("wearing a red hat", "in a police outfit")} == {"accessory"}
+    assert {prompt_kind(one) for one in ("a red {0} {1}", "a cube shaped {0} {1}", "a wet {0} {1}")} == {"property"}
+
+
+@pytest.fixture
+def bench(tmp_path) -> Path:
+    save_benchmark(tmp_path)
+    return tmp_path
+
+
+def evaluate(bench: Path, *more: str, out: str = "out") -> dict:
+    cli.run(
+        ["evaluate", f"--images={bench / 'images'}", f"--subjects={bench / 'subjects'}", f"--out={bench / out}", *more]
+    )
+    return json.loads((bench / out / "results.json").read_text())
+
+
+def test_evaluate_writes_what_outside_checks_read(bench, capsys) -> None:
+    found = evaluate(bench, "--clip=toyworld", "--dino=toyworld", "--protocol=dreambooth")
+    assert found["protocol"] == "dreambooth"
+    assert len(found["hash"]) == 16
+    for name in ("clip_t", "clip_i", "dino"):
+        score = found["scores"][name]
+        assert -1 <= score["low"] <= score["mean"] <= score["high"] <= 1
+        means = [of[name] for of in found["subjects"].values()]
+        assert score["mean"] == pytest.approx(sum(means) / 3)
+    assert set(found["subjects"]) == {"can", "dog2", "robot_toy"}
+    told = capsys.readouterr().out
+    assert "mean nothing outside of it" in told
+    assert "looked at 24 pictures" in told
+    out = bench / "out"
+    text = (out / "table.md").read_text()
+    assert "| BootPIG | .674 | .797 | .311 | not stated |" in text
+    assert "| can |" in text
+    assert r"BootPIG$^\dagger$ & .674 & .797 & .311 \\" in (out / "table.tex").read_text()
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert {row["sort"] for row in rows} == {"all", "bound", "group", "subject"}
+    (row,) = [row for row in rows if row["sort"] == "all" and row["score"] == "dino"]
+    assert float(row["mean"]) == found["scores"]["dino"]["mean"]
+    assert len(list(csv.DictReader((out / "images.csv").open()))) == 18
+    # Nothing is looked at twice; what is lost is looked at again.
+    again = evaluate(bench)
+    assert again == found
+    assert "looked at" not in capsys.readouterr().out
+    chunks = sorted((out / "embeddings").rglob("*.safetensors"))
+    chunks[0].write_bytes(b"torn")
+    next((out / "thumbnails").iterdir()).unlink()
+    assert evaluate(bench) == found
+    assert "looked at" in capsys.readouterr().out
+
+
+def test_a_stopped_evaluation_goes_on(bench, monkeypatch, capsys) -> None:
+    embed, count = Embedder._embed, iter(range(100))
+
+    def stopping(self, decoded):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return embed(self, decoded)
+
+    monkeypatch.setattr(Embedder, "_embed", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bench, "--batch_size=4")
+    assert not (bench / "out/results.json").exists()
+    capsys.readouterr()
+    evaluate(bench, "--batch_size=4")
+    assert "looked at 12 pictures" in capsys.readouterr().out
+
+
+def refused(bench: Path, match: str, *more: str) -> None:
+    with pytest.raises(InputError, match=match):
+        evaluate(bench, *more)
+
+
+def test_missing_images_are_listed_and_refused(bench) -> None:
+    (bench / "images/can/1/0.png").unlink()
+    shutil.rmtree(bench / "images/dog2/2")
+    refused(bench, r"(?s)images are missing:\n.*can/1: 1 of 2\n.*dog2/2: 0 of 2\n.*--allow_missing")
+    found = evaluate(bench, "--allow_missing")
+    assert [one.rpartition("images/")[2] for one in found["missing"]] == ["can/1: 1 of 2", "dog2/2: 0 of 2"]
+    assert any(note.startswith("scored is what is there: 2") for note in found["notes"])
+    assert len(found["images"]) == 15
+    refused(bench, r"robot_toy/0: 2 of 4", "--images_per_prompt=4")
+
+
+def test_bad_images_are_named_and_lose_nothing(bench, capsys) -> None:
+    torn, nan, text = bench / "images/can/0/0.png", bench / "images/dog2/1/1.png", bench / "images/robot_toy/2/0.png"
+    torn.write_bytes(torn.read_bytes()[:200])
+    Image.fromarray(np.full((20, 20), np.nan, dtype=np.float32)).save(nan, format="TIFF")
+    text.write_text("no picture")
+    refused(
+        bench, r"(?s)can/0/0\.png.*dog2/1/1\.png holds numbers that are not finite.*robot_toy/2/0\.png.*--allow_missing"
+    )
+    capsys.readouterr()
+    found = evaluate(bench, "--allow_missing")
+    assert len(found["images"]) == 15
+    assert len(found["missing"]) == 3
+    assert "looked at" not in capsys.readouterr().out.replace("looked at 3 pictures", "")
+    noise(np.random.default_rng(3), (100, 100)).save(torn)
+    (bench / "subjects/can/00.png").write_text("no picture")
+    nan.unlink(), text.unlink()
+    assert len(evaluate(bench, "--allow_missing")["photographs"]["can"]) == 2
+    for path in (bench / "subjects/robot_toy").iterdir():
+        path.write_text("no picture")
+    refused(bench, "no photograph of 'robot_toy' can be read", "--allow_missing")
+
+
+def test_contradictions_are_named_before_any_work(bench, capsys) -> None:
+    refused(bench, r"there is no images folder", f"--images={bench / 'none'}")
+    (bench / "empty").mkdir()
+    refused(bench, r"no generated images in .*empty", f"--images={bench / 'empty'}")
+    refused(bench, r"batch_size must be", "--batch_size=0")
+    manifest = bench / "images/manifest.jsonl"
+    lines = [{"file": "can/0/0.png", "prompt": "a sks can in the jungle", "subject": "can", "prompt_index": 0}]
+    lines.append({"file": "can/1/0.png", "prompt": "a can on the beach"})
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("16 images are not in the manifest" in note for note in evaluate(bench)["notes"])
+    manifest.write_text(json.dumps({**lines[0], "prompt": "a dog in the jungle"}) + "\n")
+    refused(bench, r"can/0/0\.png was drawn for 'a dog in the jungle', but prompt 0 is 'a can in the jungle'")
+    manifest.write_text(json.dumps({**lines[0], "prompt_index": 2}) + "\n")
+    refused(bench, r"can/0/0\.png is said to be prompt 2 of can")
+    manifest.write_text(json.dumps({**lines[0], "file": "can/0/9.png"}) + "\n")
+    refused(bench, r"can/0/9\.png, which the manifest names")
+    manifest.unlink()
+    (bench / "images/can/3").mkdir()
+    shutil.copy(bench / "images/can/0/0.png", bench / "images/can/3/0.png")
+    refused(bench, r"'3' is no prompt index of can \(0\.\.2\)")
+    shutil.move(bench / "images/can/3", bench / "images/stranger/3")
+    refused(bench, r"images of stranger, which the subjects folder does not have")
+    shutil.rmtree(bench / "images/stranger")
+    (bench / "file").write_text("")
+    refused(bench, r"--out: .*file is a file", f"--out={bench / 'file'}")
+    shutil.rmtree(bench / "subjects/can")
+    refused(bench, r"subject 'can' of .* has no pictures")
+
+
+def test_images_of_several_sizes_and_copies_are_told(bench) -> None:
+    noise(np.random.default_rng(9), (300, 200)).save(bench / "images/can/2/1.png")
+    shutil.copy(bench / "subjects/can/01.png", bench / "images/can/1/0.png")
+    found = evaluate(bench)
+    notes = "\n".join(found["notes"])
+    assert re.search(r"images of 3 sizes: 100x100 \(16, such as can/0/0.png\)", notes)
+    assert "can/1/0.png" in re.search("copy alarm: .*", notes)[0]
+    (copied,) = [image for image in found["images"] if image["file"] == "can/1/0.png"]
+    assert copied["copied"]
+    assert (copied["nearest"], copied["nearest_dino"]) == ("01.png", pytest.approx(1))
+    for name in ("can", "dog2"):
+        for file in (bench / "images" / name).rglob("*.png"):
+            shutil.copy(bench / "subjects" / name / "00.png", file)
+    assert any("lies above the bound of real pictures" in note for note in evaluate(bench)["notes"])
+
+
+def test_objects_alone(toy_data, tmp_path) -> None:
+    """Masked scores see the object and not the scene: the same object in other scenes, cut out by the toy SAM."""
+    subjects = read_subjects(toy_data / "subjects")[:2]
+    for subject in subjects:
+        for index, path in enumerate(subject.images[1:3]):
+            (tmp_path / f"images/{subject.name}/{index}").mkdir(parents=True)
+            load_image(path).convert("RGB").save(tmp_path / f"images/{subject.name}/{index}/0.png")
+    segment = make_segmenter("sam")
+    scorer = Scorer(load_clip("toyworld"), load_dino("toyworld"), tmp_path, segment=segment, allow_missing=True)
+    result = scorer.score(tmp_path / "images", subjects)
+    assert result.scores["clip_i_masked"]["mean"] > result.scores["clip_i"]["mean"] + 0.05
+    assert result.scores["dino_masked"]["mean"] > 0.9
+    # By hand: the mask, the object on white, the cosine.
+    clip, (first, second) = load_clip("toyworld"), subjects[0].images[1:3]
+    cut = [load_cutout(path, segment) for path in (first, second)]
+    white = [Image.new("RGB", one.size, (255, 255, 255)) for one in cut]
+    for page, one in zip(white, cut, strict=True):
+        page.paste(one, mask=one.getchannel("A"))
+    own = clip.images(white)
+    image = next(image for image in result.images if image["subject"] == subjects[0].name)
+    assert image["clip_i_masked_each"][2] == pytest.approx(float(own[0] @ own[1]), abs=0.02)
+
+
+def test_report_is_one_file(bench, capsys) -> None:
+    evaluate(bench, "--name=</script><b>", f"--text_only={bench / 'images'}")
+    page = (bench / "out/report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "{{" not in page.split("<script", 1)[0]
+    assert "&lt;/script&gt;&lt;b&gt;" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["methods"] == ["</script><b>"]
+    assert len(data["items"]) == 18
+    assert all(cell["key"] in data["thumbnails"] for item in data["items"] for cell in item["cells"])
+    assert "base model, text only" in page
+    assert "cluster bootstrap" in page
+
+
+def test_compare_pairs_images(bench, capsys) -> None:
+    first = evaluate(bench, "--name=a", out="a")
+    shutil.copytree(bench / "images", bench / "other")
+    for number, file in enumerate(sorted((bench / "other").rglob("*.png"))):
+        noise(np.random.default_rng(100 + number), (100, 100)).save(file)
+    for file in (bench / "other").rglob("1.png"):
+        file.unlink()
+    second = evaluate(bench, "--name=b", f"--images={bench / 'other'}", out="b")
+    capsys.readouterr()
+    cli.run(["compare", str(bench / "a"), str(bench / "b"), f"--out={bench / 'both'}"])
+    both = differences(Result.read(bench / "a"), Result.read(bench / "b"))
+    theirs = {image["file"]: image["dino"] for image in second["images"]}
+    gaps = {}
+    for image in first["images"]:
+        if image["file"] in theirs:
+            gaps.setdefault(image["subject"], []).append(image["dino"] - theirs[image["file"]])
+    means = [np.mean(of) for of in gaps.values()]
+    assert [one.score for one in both] == ["dino", "clip_i", "clip_t"]
+    assert both[0].mean == pytest.approx(np.mean(means))
+    assert (both[0].low, both[0].high) == pytest.approx(interval(means))
+    assert both[0].p == pytest.approx(sign_flip_p(means))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (bench / "both/report.html").read_text(), re.DOTALL)[1])
+    assert [sum(cell is not None for cell in item["cells"]) for item in data["items"]] == [2, 1] * 9
+    assert "Differences" in (bench / "both/report.html").read_text()
+    evaluate(bench, "--protocol=micro", out="micro")
+    with pytest.raises(InputError, match=r"differ in protocol: their scores mean different things"):
+        cli.run(["compare", str(bench / "a"), str(bench / "micro"), f"--out={bench / 'both'}"])
+    with pytest.raises(InputError, match="holds no results.json"):
+        cli.run(["compare", str(bench / "a"), str(bench / "images"), f"--out={bench / 'both'}"])
+    with pytest.raises(InputError, match="at least two"):
+        cli.run(["compare", str(bench / "a"), f"--out={bench / 'both'}"])
+
+
+def test_evaluation_configs(bench, capsys) -> None:
+    """Each config names arguments that there are; one of them, run."""
+    configs = sorted(Path("configs/evaluation").glob("*.yaml"))
+    assert [path.stem for path in configs] == ["dreambooth", "toyworld"]
+    for path in configs:
+        told = yaml.safe_load(path.read_text())
+        assert set(told) <= set(inspect.signature(benchmark.evaluate).parameters)
+        assert told["protocol"] in PROTOCOLS
+    found = evaluate(bench, "--config=configs/evaluation/toyworld.yaml")
+    assert found["moves"]["segmenter"].startswith("sam ")
 
 
 def test_the_plane_shows_every_setting_apart() -> None:
@@ -184,3 +397,10 @@ def test_a_sweep_of_settings(tmp_path, monkeypatch, capsys) -> None:
     sweep.main()
     assert (tmp_path / "ddim/manifest.jsonl").stat().st_mtime_ns == before
     assert "3 of 3 images are finished" in capsys.readouterr().out
+
+
+def test_curves_of_resumed_runs(tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/dino\n0,0.5,\n10,,0.3\n20,0.25,\n")
+    (tmp_path / "resumed.csv").write_text("step,train/loss\n20,0.125\n30,0.1\n")
+    curve = read_curve([tmp_path / "metrics.csv", tmp_path / "resumed.csv"], "train/loss")
+    assert curve == [(0, 0.5), (20, 0.125), (30, 0.1)]

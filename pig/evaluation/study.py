@@ -114,11 +114,15 @@ class Study:
         (out / PLAN).write_text(json.dumps(plan, indent=1))
         self.lock = threading.Lock()
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
-        for line in (out / ANSWERS).read_text().splitlines() if (out / ANSWERS).exists() else ():
+        text = (out / ANSWERS).read_text() if (out / ANSWERS).exists() else ""
+        if text and not text.endswith("\n"):  # torn by a crash: the next answer must not continue that line
+            with (out / ANSWERS).open("a") as stream:
+                stream.write("\n")
+        for line in text.splitlines():
             try:
                 answer = json.loads(line)
                 self.answers[answer["rater"], answer["id"]] = answer
-            except (ValueError, KeyError):  # torn by a crash
+            except (ValueError, KeyError):
                 continue
 
     def order(self, rater: str) -> list[str]:
