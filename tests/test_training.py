@@ -15,8 +15,10 @@ import torch
 import torch.multiprocessing as mp
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pig.callbacks import EMA
+from pig.callbacks import EMA, SubjectSamples
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.errors import InputError
@@ -321,3 +323,45 @@ def test_weights_fit_their_budget() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
     assert sum(path.stat().st_size for path in files) < 40e6
+
+
+def test_validation_scores_choose_the_best_checkpoint(toy_data, tmp_path) -> None:
+    """The scoring networks enter no checkpoint and no optimizer, are loaded once, and stay where they are."""
+    samples = SubjectSamples(str(toy_data / "subjects"), "toyworld", "toyworld", max_subjects=2, steps=1)
+    best = ModelCheckpoint(dirpath=tmp_path, filename="best", monitor="val/selection", mode="max")
+    seen: list[tuple[float, int, int]] = []
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: BootPIG) -> None:
+            scores = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("selection", "dino", "clip_t")}
+            expected = (max(scores["dino"], 0) * max(scores["clip_t"], 0)) ** 0.5
+            assert scores["selection"] == pytest.approx(expected, abs=1e-6)
+            seen.append((scores["selection"], id(samples.clip), id(samples.dino)))
+            assert next(samples.clip.model.parameters()).device == pl_module.device
+
+    module = BootPIG("toyworld", lr_reference=1e-2, lr_rsa=1e-2)
+    data = TripletDataModule(
+        str(toy_data / "triplets"), val_shards=str(toy_data / "val"), batch_size=4, resolution=64, num_workers=0
+    )
+    trainer = Trainer(
+        max_steps=3,
+        val_check_interval=1,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        callbacks=[samples, Watch(), best],
+        logger=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    assert len(seen) == 3
+    assert len({networks[1:] for networks in seen}) == 1
+    kept = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    scores = [score for score, _, _ in seen]
+    assert kept["global_step"] == 1 + scores.index(max(scores))
+    assert set(kept["state_dict"]) == set(module.trainable())
+    assert sum(len(group["params"]) for group in kept["optimizer_states"][0]["param_groups"]) == len(module.trainable())
+    assert not [name for name, _ in module.named_modules() if "clip" in name or "dino" in name]
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3
