@@ -365,3 +365,48 @@ def test_validation_scores_choose_the_best_checkpoint(toy_data, tmp_path) -> Non
     assert sum(len(group["params"]) for group in kept["optimizer_states"][0]["param_groups"]) == len(module.trainable())
     assert not [name for name, _ in module.named_modules() if "clip" in name or "dino" in name]
     assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+class Poison(Callback):
+    """NaN pixels in the second sample of given batches; and what the weights were after each step."""
+
+    def __init__(self, batches: set[int]) -> None:
+        self.batches, self.keys, self.weights = batches, list[str](), list[torch.Tensor]()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: BootPIG, batch: Batch, batch_idx: int) -> None:
+        if batch_idx in self.batches:
+            batch.target[1] = torch.nan
+            self.keys.append(batch.keys[1])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: BootPIG, outputs, batch: Batch, batch_idx: int) -> None:
+        self.weights.append(next(iter(pl_module.trainable().values())).detach().clone())
+
+
+def fit_with(callback: Callback, toy_data: Path, steps: int) -> BootPIG:
+    module = BootPIG("toyworld", lr_reference=1e-3, lr_rsa=1e-3)
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    Trainer(max_steps=steps, callbacks=[callback], accelerator="cpu", gradient_clip_val=1.0, **quiet).fit(module, data)
+    return module
+
+
+def test_a_step_without_finite_gradients_is_skipped_and_named(toy_data, caplog) -> None:
+    poison = Poison({1})
+    module = fit_with(poison, toy_data, steps=3)
+    assert module.skipped_steps == 1
+    assert f"step 1: gradients are not finite, the step is skipped: {poison.keys[0]}" in caplog.text
+    first, second, third = poison.weights
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert third.isfinite().all()
+
+
+def test_too_many_skipped_steps_end_the_run(toy_data, monkeypatch) -> None:
+    monkeypatch.setattr("pig.methods.base.MAX_SKIPPED", 2)
+    with pytest.raises(InputError, match=r"2 steps were skipped since the start"):
+        fit_with(Poison(set(range(9))), toy_data, steps=9)

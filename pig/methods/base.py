@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 import time
@@ -14,9 +15,11 @@ from diffusers import DiffusionPipeline
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from pig.data.schema import Batch
 from pig.errors import InputError
 
 Schedule = Literal["constant", "cosine"]
+MAX_SKIPPED = 20  # steps of a run whose gradients are not finite
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -44,6 +47,8 @@ class PersonalisationModule(LightningModule):
         self.schedule: Schedule = "constant"
         self.learning_rates: dict[str, float] = {}
         self._samples, self._since = 0, time.perf_counter()
+        self._losses: list[tuple[list[str], Tensor]] = []  # of the micro-batches since the last optimizer step
+        self.skipped_steps = 0
 
     def pipeline(self) -> DiffusionPipeline:
         """The sampling pipeline on this module's own (not copied) parts."""
@@ -129,17 +134,46 @@ class PersonalisationModule(LightningModule):
             if prefix == "train":  # NaN where the batch has no such timestep
                 self.log(f"{prefix}/loss_t{250 * quarter:03d}", (loss * inside).sum() / inside.sum(), batch_size=size)
 
+    def training_loss(self, batch: Batch, loss: Tensor, t: Tensor) -> Tensor:
+        """The mean of `loss` (B,), logged; its samples are remembered until the optimizer has stepped."""
+        self._losses.append((batch.keys, loss.detach()))
+        self.log_by_timestep("train", loss.detach(), t)
+        return loss.mean()
+
     def on_train_start(self) -> None:
         self._samples, self._since = 0, time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
-            return
-        parameters = self.trainable()
+        """Log the gradients' norms, and skip a step whose gradients are not finite.
+
+        The gradients are summed over processes, so all of them skip together.
+        """
+        parameters, norms = self.trainable(), {}
         for group, names in self.groups.items():
             gradients = [g for name in names if (g := parameters[name].grad) is not None]
-            norms = torch.stack(torch._foreach_norm(gradients))
-            self.log(f"grad_norm/{group}", norms.norm(), batch_size=1)
+            # None where all references of the batch were dropped.
+            norms[group] = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
+        if not all(norm.isfinite() for norm in norms.values()):
+            self._skip_step(optimizer)
+        elif (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            for group, norm in norms.items():
+                self.log(f"grad_norm/{group}", norm, batch_size=1)
+        self._losses.clear()
+
+    def _skip_step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)  # what has no gradient does not move
+        self.skipped_steps += 1
+        keys = [key for keys, loss in self._losses for key, one in zip(keys, loss, strict=True) if not one.isfinite()]
+        every = ", ".join(key for keys, _ in self._losses for key in keys)
+        samples = ", ".join(keys) or f"losses are finite here; the samples were {every}"
+        told = f"step {self.trainer.global_step}: gradients are not finite, the step is skipped: {samples}"
+        logging.getLogger("pig").warning(told)
+        self.log("skipped_steps", float(self.skipped_steps), batch_size=1)
+        if self.skipped_steps >= MAX_SKIPPED:
+            raise InputError(
+                f"{told}\n{self.skipped_steps} steps were skipped since the start: look at these samples, or lower the "
+                "learning rates; the last checkpoint is whole"
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._samples += len(batch.seeds) * self.trainer.world_size

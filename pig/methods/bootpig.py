@@ -82,9 +82,7 @@ class BootPIG(PersonalisationModule):
         self.train_only(groups, {"reference_unet": lr_reference, "rsa": lr_rsa}, schedule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, t = self.loss(batch, self.reference_dropout, self.caption_dropout)
-        self.log_by_timestep("train", loss.detach(), t)
-        return loss.mean()
+        return self.training_loss(batch, *self.loss(batch, self.reference_dropout, self.caption_dropout))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss on held-out triplets: same noise and timesteps at every validation, nothing dropped."""
