@@ -9,7 +9,7 @@ GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generated test lint types datagen train eval app test-app sweep ablations bench-datagen \
-	bench-sampling toyworld-weights clean
+	bench-training bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -61,6 +61,9 @@ ablations: .venv/.ready ## the paper's Table 2 and Fig. 7 on the toy world, into
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen
+
+bench-training: .venv/.ready ## what a training sample costs, naive and ours: samples/s, FLOPs, memory, into runs/bench
+	$(BIN)/python -W ignore -m benchmarks.training
 
 bench-sampling: .venv/.ready ## what an image costs, naive, ours and plain: seconds, FLOPs, memory, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.sampling

@@ -238,6 +238,12 @@ def count(way: str, references: int, images: int) -> dict[str, Any]:
     return {"way": way, "references": references, "images": images, "flops_per_image": flops, "counted": True}
 
 
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
@@ -280,10 +286,7 @@ def main() -> None:
     fused = fused_projections()
     for name, seconds in fused.items():
         console.print(f"q, k, v at the size of {name} product(s): {1000 * seconds:.2f} ms")
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    machine = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-    found = {"machine": machine, "rows": rows + counted, "ladder": ladder, "fused": fused}
+    found = {"machine": machine(), "rows": rows + counted, "ladder": ladder, "fused": fused}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(found, indent=1))
     print(chosen.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import tiny_unet
-from diffusers import DDPMScheduler
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from benchmarks import training
+from benchmarks.training import Naive, Ours
 from pig.callbacks import EMA, SubjectSamples
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
@@ -129,47 +131,34 @@ def test_dropouts_do_what_they_say(module, toy_data) -> None:
         torch.testing.assert_close(module.loss(other, 1.0, 1.0)[0], module.loss(batch, 1.0, 1.0)[0])
 
 
-def test_loss_against_algorithm_1_written_plainly(toy_data) -> None:
-    """One sample, by diffusers' own scheduler and UNets, with hooks in place of the attention processors."""
-    module = BootPIG("toyworld")
-    batch = make_batch(toy_data, 1)
-    (loss,), (t,) = module.loss(batch, 0.0, 0.0)
-    parts = load_backbone("toyworld")
-    scheduler = DDPMScheduler.from_config(parts.scheduler.config)
-    generator = torch.Generator().manual_seed(int(batch.seeds[0]))
-    u = torch.rand(3, generator=generator)
-    noise, noise_ref = (torch.randn(1, 4, 16, 16, generator=generator) for _ in range(2))
-    assert int(u[0] * 1000) == t
-    scale = parts.vae.config.scaling_factor
-    with torch.no_grad():
-        z, z_ref = (parts.vae.encode(x).latent_dist.mode() * scale for x in (batch.target, batch.reference[:, 0]))
-        ids = parts.tokenizer(batch.captions, padding="max_length", max_length=32, return_tensors="pt").input_ids
-        text = parts.text_encoder(ids)[0]
-        features = {}
-        reference_unet = copy.deepcopy(parts.unet)
-        for name, layer in reference_unet.named_modules():
-            if name.endswith("attn1"):
-                layer.register_forward_pre_hook(lambda _, args, name=name: features.update({name: args[0]}))
-        t_ = t.view(1)
-        reference_unet(scheduler.add_noise(z_ref, noise_ref, t_), t_, text)
-        for name, layer in parts.unet.named_modules():
-            if name.endswith("attn1"):
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_a_step_equals_that_of_algorithm_1_written_plainly(toy_data, dropout) -> None:
+    """Loss, and all weights after one optimizer step, against diffusers' own scheduler and UNets with hooks."""
+    batch, naive, ours = make_batch(toy_data), Naive("toyworld"), Ours("toyworld")
+    expected = naive.step(naive.optimizer(), batch, dropout)
+    assert float(ours.step(ours.optimizer(), batch, dropout)) == pytest.approx(expected, abs=1e-6)
+    weights = {name: weight for group in naive.groups.values() for name, weight in group.items()}
+    before, moved = dict(BootPIG("toyworld").named_parameters()), 0
+    assert {f"net.{name}" for name in weights} == set(ours.module.trainable())
+    for name, weight in weights.items():
+        own = ours.module.get_parameter(f"net.{name}")
+        # Adam's first step is the gradient's sign: where that is noise, the signs may differ.
+        same = (own - weight).abs() <= 2e-6 + 1e-4 * weight.abs()
+        assert same.float().mean() > 0.99, name
+        moved += not torch.equal(own, before[f"net.{name}"])
+    assert moved == len(weights)
 
-                def rsa(attn, args, kwargs, output, name=name):
-                    f, f_ref = args[0], features[name]
-                    both = torch.cat([f, f_ref], 1)
-                    q, k, v = (
-                        x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                        for x in (attn.to_q(f), attn.to_k(both), attn.to_v(both))
-                    )
-                    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-                    return attn.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
 
-                layer.register_forward_hook(rsa, with_kwargs=True)
-        predicted = parts.unet(scheduler.add_noise(z, noise, t_), t_, text).sample
-        a = scheduler.alphas_cumprod[t]
-        velocity = a.sqrt() * noise - (1 - a).sqrt() * z
-    torch.testing.assert_close(loss.detach(), (predicted - velocity).square().mean(), atol=1e-6, rtol=1e-4)
+def test_training_is_measured(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["training", "--batch=2", "--steps=2", f"--out={tmp_path / 'bench/training.json'}"])
+    training.main()
+    found = json.loads((tmp_path / "bench/training.json").read_text())
+    assert [row["way"] for row in found["rows"]] == ["naive", "ours"]
+    for row in found["rows"]:
+        assert row["batch"] == 2
+        assert 0 < row["share_of_peak"] < 1.5
+        assert min(row["samples_per_second"], row["flops_per_sample"], row["peak_memory_bytes"]) > 0
+    assert found["rows"][1]["flops_per_sample"] < found["rows"][0]["flops_per_sample"]
 
 
 def _one_rank(rank: int, store: str, batch: Batch, out: str) -> None:
