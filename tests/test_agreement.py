@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_networks import (
     OPEN_CLIP_SHAPE,
     SUBJECTS,
@@ -281,6 +282,14 @@ def test_openai_weights_need_quick_gelu(tmp_path, monkeypatch) -> None:
     with pytest.raises(InputError, match=r"openai-gelu.*QuickGELU.*hidden_act"):
         load_clip(save_clip(tmp_path / "openai-gelu", "gelu"))
     assert load_clip(save_clip(tmp_path / "laion", "gelu")).identity["activation"] == "GELU"
+    for place in ("openai/clip-vit-base-patch32", "models--openai--clip-vit-base-patch32/snapshots/abc"):
+        with pytest.raises(InputError, match="QuickGELU, under GELU"):
+            load_clip(save_clip(tmp_path / place, "gelu"))
+    config = json.loads((tmp_path / "openai-clip/config.json").read_text())
+    config["text_config"]["hidden_act"] = "gelu"
+    (tmp_path / "openai-clip/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="under GELU and QuickGELU"):
+        load_clip(tmp_path / "openai-clip")
     assert load_clip(save_open_clip(tmp_path / "openai-open")).identity["activation"] == "QuickGELU"
     with pytest.raises(InputError, match=r"QuickGELU, under GELU: take the model's name that ends in -quickgelu"):
         load_clip(save_open_clip(tmp_path / "openai-wrong", quick_gelu=False))
@@ -310,6 +319,12 @@ def test_networks_are_known_by_their_weights(folder, tmp_path) -> None:
     assert load_dino(tmp_path / "dino").identity["weights"] != one["weights"]
     for name in ("clip", "open_clip"):
         assert len(load_clip(folder / name).identity["weights"]) == 64
+    with pytest.raises(InputError, match=r"cannot load a ViTModel from .* no weights for .*, which would be random"):
+        load_dino(folder / "clip")
+    torn = load_file(tmp_path / "dino/model.safetensors")
+    save_file({name: one for name, one in torn.items() if "layer.1." not in name}, tmp_path / "dino/model.safetensors")
+    with pytest.raises(InputError, match=r"no weights for (encoder\.)?layers?\.1\."):
+        load_dino(tmp_path / "dino")
     with pytest.raises(InputError, match=r"cannot load a ViTModel from"):
         load_dino(tmp_path / "none")
     with pytest.raises(InputError, match=r"cannot load a DINO from timm:"):

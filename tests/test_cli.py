@@ -211,9 +211,12 @@ data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size:
     assert Image.open(drawn[0]).size == (64, 64)
 
     drawn[0].parent.parent.rename(images / "mug_006")
-    call("evaluate", "--images", images, "--subjects", subjects, "--out", tmp_path / "scores")
-    assert "dino" in capsys.readouterr().out
-    assert (tmp_path / "scores/scores.json").exists()
+    scored = ("--images", images, "--subjects", subjects, "--out", tmp_path / "scores")
+    code, error = run_inline(monkeypatch, capsys, "evaluate", *map(str, scored))
+    assert (code, "images are missing" in error) == (2, True)
+    call("evaluate", *scored, "--allow_missing")
+    assert "DINO" in capsys.readouterr().out
+    assert (tmp_path / "scores/results.json").exists()
     arguments = ("export", "--checkpoint", str(references[0]), "--out", str(tmp_path / "x"))
     code, error = run_inline(monkeypatch, capsys, *arguments)
     assert code == 2

@@ -309,7 +309,118 @@ def test_objects_alone(toy_data, tmp_path) -> None:
     assert image["clip_i_masked_each"][2] == pytest.approx(float(own[0] @ own[1]), abs=0.02)
 
 
+def transparent(folder: Path, name: str) -> None:
+    Image.new("RGBA", (100, 100), (9, 9, 9, 0)).save(folder / name)
+
+
+def test_pictures_without_an_object_have_no_masked_scores(bench) -> None:
+    """One image, or all photographs of a subject: what is found is scored, the rest is told."""
+    for file in [*(bench / "images").rglob("*.png"), *(bench / "subjects").rglob("*.png")]:
+        picture = Image.open(file).convert("RGBA")
+        alpha = Image.new("L", picture.size, 0)
+        alpha.paste(255, (20, 20, 60, 60))
+        picture.putalpha(alpha)
+        picture.save(file)
+    transparent(bench, "images/can/0/0.png")
+    found = evaluate(bench, "--segmenter=sam")
+    assert "no object was found in 1 images: they have no masked scores" in found["notes"]
+    assert "dino_masked" not in found["images"][0]
+    assert len(found["images"][1]["dino_masked_each"]) == 3
+    transparent(bench, "subjects/can/00.png")
+    assert len(evaluate(bench, "--segmenter=sam")["images"][1]["dino_masked_each"]) == 2
+    for number in (1, 2):
+        transparent(bench, f"subjects/can/0{number}.png")
+    found = evaluate(bench, "--segmenter=sam", "--protocol=first_reference")
+    assert "dino_masked" not in found["subjects"]["can"]
+    assert "dino_masked" in found["subjects"]["dog2"]
+    Image.new("L", (5, 5), 255).save(bench / "subjects/dog2/00.mask.png")
+    refused(bench, r"dog2/00\.png: its mask is \(5, 5\)", "--segmenter=sam")
+
+
+def test_bounds_are_of_the_subjects_that_are_scored(bench, capsys) -> None:
+    whole = evaluate(bench)
+    for name in ("can", "dog2"):
+        shutil.rmtree(bench / "images" / name)
+    shutil.copy(bench / "subjects/robot_toy/00.png", bench / "images/robot_toy/0/0.png")
+    found = evaluate(bench, "--allow_missing", f"--text_only={bench / 'images'}")
+    assert "dino" not in found["bounds"]["real"], "its only photograph has no other"
+    assert found["bounds"]["copy"]["clip_t"]["mean"] != whole["bounds"]["copy"]["clip_t"]["mean"]
+    alarms = [note for note in found["notes"] if "copy alarm" in note]
+    assert len(alarms) == 1
+    assert "robot_toy/0/0.png" in alarms[0], "a plain copy is told even of a single photograph"
+
+
+def test_symlinked_photographs(bench) -> None:
+    blob = bench / "blob"
+    shutil.move(bench / "subjects/can/00.png", blob)
+    (bench / "subjects/can/00.png").symlink_to(blob)
+    shutil.copy(blob, bench / "images/can/0/0.png")
+    found = evaluate(bench)
+    assert found["images"][0]["nearest"] == "00.png"
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (bench / "out/report.html").read_text(), re.DOTALL)[1])
+    assert data["items"][0]["cells"][0]["near"] in data["thumbnails"]
+
+
+def test_the_hash_knows_the_class_noun(bench) -> None:
+    before, listing = evaluate(bench), bench / "subjects/prompts_and_classes.txt"
+    listing.write_text(listing.read_text().replace("can,can", "can,bottle"))
+    after = evaluate(bench)
+    assert before["scores"]["clip_t"] != after["scores"]["clip_t"]
+    assert before["hash"] != after["hash"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("can/x,can", "is no line `subject,class`"),
+        ("lonely", "is no line"),
+        ("can,can", "names the subject 'can' twice"),
+    ],
+)
+def test_lines_of_the_prompts_file_that_are_not_understood(bench, line, message) -> None:
+    listing = bench / "subjects/prompts_and_classes.txt"
+    listing.write_text(listing.read_text().replace("robot_toy,toy", f"robot_toy, toy\n{line}"))
+    refused(bench, message)
+
+
+def test_odd_names(bench, capsys) -> None:
+    """Blanks in subjects, brackets and pipes in methods and seeds, hidden files, files that name one image twice."""
+    for folder in ("images", "subjects"):
+        shutil.move(bench / folder / "robot_toy", bench / folder / "robot toy")
+        (bench / folder / "can/._0.png").write_text("macOS")
+    (bench / "images/can/0/._0.png").write_text("macOS")
+    listing = bench / "subjects/prompts_and_classes.txt"
+    listing.write_text(listing.read_text().replace("robot_toy,toy", "robot toy,toy").replace("dog2,dog", "dog2, dog"))
+    shutil.move(bench / "images/can/0/0.png", bench / "images/can/0/x[red]|~^y.png")
+    found = evaluate(bench, "--name=v1[/b] | ~^\\{{data}}")
+    assert set(found["subjects"]) == {"can", "dog2", "robot toy"}
+    assert found["groups"]["live"]
+    assert "v1[/b]" in capsys.readouterr().out
+    assert r"| v1[/b] \| ~^\{{data}} |" in (bench / "out/table.md").read_text()
+    assert (
+        r"v1[/b] | \textasciitilde{}\textasciicircum{}\textbackslash{}\{\{data\}\}"
+        in (bench / "out/table.tex").read_text()
+    )
+    assert (bench / "out/report.html").read_text().count('"methods"') == 1
+    Image.new("RGB", (9, 9)).save(bench / "images/can/1/0.jpg")
+    refused(bench, r"can/1 has several files 0\.\* \(1 such\)")
+    (bench / "images/can/1/0.jpg").unlink()
+    (bench / "images/can/01").mkdir()
+    shutil.copy(bench / "images/can/1/0.png", bench / "images/can/01/0.png")
+    refused(bench, r"'01' is no prompt index")
+    shutil.rmtree(bench / "images/can/01")
+    (bench / "images/manifest.jsonl").write_bytes(b'{"file": 5}\n\xff\xfe\n')
+    evaluate(bench)
+    refused(bench, "lies in the images folder", f"--out={bench / 'images/can'}")
+    refused(bench, "images_per_prompt must be", "--images_per_prompt=0")
+    templates = listing.read_text().replace("a {0} {1} on the beach", "a {1} named {0}, on the beach")
+    listing.write_text(templates)
+    assert evaluate(bench)["images"][0]["subject"] == "can"
+
+
 def test_report_is_one_file(bench, capsys) -> None:
+    listing = bench / "subjects/prompts_and_classes.txt"
+    listing.write_text(listing.read_text().replace("in the jungle", "in the <!--<script> jungle"))
     evaluate(bench, "--name=</script><b>", f"--text_only={bench / 'images'}")
     page = (bench / "out/report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -346,10 +457,18 @@ def test_compare_pairs_images(bench, capsys) -> None:
     assert both[0].p == pytest.approx(sign_flip_p(means))
     data = json.loads(re.search(r'id="data">(.*?)</script>', (bench / "both/report.html").read_text(), re.DOTALL)[1])
     assert [sum(cell is not None for cell in item["cells"]) for item in data["items"]] == [2, 1] * 9
-    assert "Differences" in (bench / "both/report.html").read_text()
+    page = (bench / "both/report.html").read_text()
+    assert "Differences" in page
+    assert "9 images of a and 0 of b have no partner" in page
     evaluate(bench, "--protocol=micro", out="micro")
     with pytest.raises(InputError, match=r"differ in protocol: their scores mean different things"):
         cli.run(["compare", str(bench / "a"), str(bench / "micro"), f"--out={bench / 'both'}"])
+    for out, message in (
+        (bench / "a", "whose report it would replace"),
+        (bench / "a/results.json", "is a file, not a"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cli.run(["compare", str(bench / "a"), str(bench / "b"), f"--out={out}"])
     with pytest.raises(InputError, match="holds no results.json"):
         cli.run(["compare", str(bench / "a"), str(bench / "images"), f"--out={bench / 'both'}"])
     with pytest.raises(InputError, match="at least two"):

@@ -73,15 +73,15 @@ def test_a_rater_answers_all(study, page) -> None:
     assert b"Which picture is better?" in ask(page)
     sides: Counter = Counter()
     while (item := json.loads(ask(f"{page}/next?rater=ann")))["id"]:
-        assert not re.search("reds|greens|out_", json.dumps(item)), "the page must not know whose picture it is"
+        assert not re.search("reds|greens|out_|check", json.dumps(item)), "the page must not know whose picture it is"
         assert bool(item["references"]) == ("object of the reference" in item["question"])
         assert bool(item["text"]) == ("text" in item["question"])
         assert all(ask(f"{page}/picture/{token}")[:4] == b"\x89PNG" for token in (item["left"], item["right"]))
-        if item["id"].startswith("check"):
+        if study.items[item["id"]].check:
             right = study.items[item["id"]].pictures[0]
             choice = "left" if study.paths[item["left"]] == right else "right"
         else:
-            wants_red = item["id"].startswith("subject")
+            wants_red = bool(item["references"])
             choice = "left" if is_red(study, item["left"]) == wants_red else "right"
             sides[choice] += 1
         ask(f"{page}/answer", {"rater": "ann", "id": item["id"], "choice": choice})
@@ -112,6 +112,17 @@ def test_stopped_and_resumed(study, results, page) -> None:
     assert [key for _, key in Study(*results, study.out, pairs=6).answers] == [first["id"], second]
     with pytest.raises(InputError, match="answers to another study"):
         Study(*results, study.out, pairs=5)
+    shown = next(path for item in study.items.values() for path in item.pictures)
+    before = shown.read_bytes()
+    Image.new("RGB", (16, 16), (0, 0, 200)).save(shown)
+    with pytest.raises(InputError, match="its pictures have changed since"):
+        Study(*results, study.out, pairs=6)
+    shown.write_bytes(before)
+    with (study.out / "answers.jsonl").open("a") as stream:
+        stream.write('5\nnull\n{"rater": [], "id": "x"}\n')
+    assert len(Study(*results, study.out, pairs=6).answers) == 2
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        Study(*results, study.out / "answers.jsonl", pairs=6)
 
 
 def test_who_fails_the_checks_is_left_out(study) -> None:

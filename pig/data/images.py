@@ -65,17 +65,22 @@ def save_generated(
 
 
 def _line_of(text: str) -> str | None:
-    """The file that a manifest's line is about; None for a line torn by a kill."""
+    """The file that a manifest's line is about; None for a line torn by a kill, or one that names no file."""
     try:
-        return json.loads(text)["file"]
+        file = json.loads(text)["file"]
+        return file if isinstance(file, str) else None
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _lines(manifest: Path) -> list[str]:
+    return manifest.read_text(errors="replace").splitlines()
 
 
 def forget(folder: Path, files: Collection[str]) -> None:
     """Drop the lines of images that are drawn again, and lines torn by a kill, from the manifests."""
     for path in folder.glob(MANIFESTS):
-        lines = path.read_text().splitlines()
+        lines = _lines(path)
         kept = [line for line in lines if _line_of(line) not in (None, *files)]
         if len(kept) < len(lines):
             path.write_text("".join(line + "\n" for line in kept))
@@ -83,7 +88,7 @@ def forget(folder: Path, files: Collection[str]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """file -> its line in `manifest.jsonl` or `manifest-*.jsonl`; torn lines are left out."""
-    texts = [text for path in sorted(folder.glob(MANIFESTS)) for text in path.read_text().splitlines()]
+    texts = [text for path in sorted(folder.glob(MANIFESTS)) for text in _lines(path)]
     return {file: json.loads(text) for text in texts if (file := _line_of(text)) is not None}
 
 
@@ -109,7 +114,7 @@ def read_generated(folder: Path, subjects: Sequence[SubjectFolder]) -> list[Gene
             index = path.parent.name
             if not is_picture(path):
                 continue
-            if not index.isdecimal() or int(index) >= len(subject.templates):
+            if index not in map(str, range(len(subject.templates))):
                 raise InputError(
                     f"{path}: {index!r} is no prompt index of {subject.name} (0..{len(subject.templates) - 1})"
                 )

@@ -57,8 +57,8 @@ class SubjectFolder:
 
 
 def is_picture(path: Path) -> bool:
-    """By its name: a picture, and not the mask of one."""
-    return path.suffix.lower() in PICTURES and not path.name.endswith(".mask.png")
+    """By its name: a picture, not the mask of one, and not hidden (as macOS's `._0.png`)."""
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".") and not path.name.endswith(".mask.png")
 
 
 def mask_path(image: Path) -> Path:
@@ -104,15 +104,13 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
         text = listing.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder} is no subjects folder: cannot read {listing} ({error})") from error
-    classes = re.findall(r"^([\w-]+),([\w -]+)$", text, re.MULTILINE)
+    classes = _classes(text, listing)
     templates = {
         kind: re.findall(r"""^['"](.+?)['"]\.format""", section, re.MULTILINE)
         for kind, section in re.findall(r"^(Object|Live Subject) Prompts$(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     }
     subjects = []
     for name, noun in classes:
-        if (name, noun) == ("subject_name", "class"):
-            continue
         images = tuple(path for path in sorted((folder / name).glob("*")) if is_picture(path))
         if not images:
             raise InputError(f"subject {name!r} of {folder} has no pictures in {folder / name}")
@@ -130,6 +128,21 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
     if not subjects:
         raise InputError(f"{listing} names no subject (lines `subject,class`)")
     return subjects
+
+
+def _classes(text: str, listing: Path) -> list[tuple[str, str]]:
+    """(subject, class) of the lines before the prompts."""
+    found: dict[str, str] = {}
+    for line in re.split(r"^(?:\w+ )*Prompts\s*$", text, maxsplit=1, flags=re.MULTILINE)[0].splitlines():
+        name, comma, noun = (part.strip() for part in line.partition(","))
+        if line.strip() in ("", "Classes") or (name, noun) == ("subject_name", "class"):
+            continue
+        if not (name and comma and re.fullmatch(r"[\w -]+", noun)) or "/" in name or name.startswith("."):
+            raise InputError(f"{listing}: {line!r} is no line `subject,class`")
+        if name in found:
+            raise InputError(f"{listing} names the subject {name!r} twice")
+        found[name] = noun
+    return list(found.items())
 
 
 def fill_prompt(template: str, class_noun: str, identifier: str = "") -> str:

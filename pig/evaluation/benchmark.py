@@ -22,7 +22,7 @@ from pig.evaluation.comparison import Comparison, copy_notes, groups, size_notes
 from pig.evaluation.embeddings import Embedder
 from pig.evaluation.protocols import DREAMBOOTH, Protocol, ProtocolName, protocol_named
 from pig.evaluation.report import write_report
-from pig.evaluation.results import Result, summarise
+from pig.evaluation.results import Result, make_folder, summarise
 from pig.evaluation.tables import score_table, write_tables
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import SegmenterName, make_segmenter
@@ -99,18 +99,23 @@ class Scorer:
         rows = comparison.rows(found)
         if not rows:
             raise InputError(f"none of the images in {images} can be read")
-        metrics, bounds = comparison.metrics(rows), comparison.bounds()
+        metrics = comparison.metrics(rows)
+        scores, by_subject = summarise(metrics), comparison.by_subject(metrics)
+        limits = comparison.bounds(by_subject)
+        bounds = {name: summarise(of) for name, of in limits.items()}
         if base:
-            bounds["text_only"] = comparison.summary(comparison.rows(base))
-        scores = summarise(metrics)
-        notes += size_notes(rows) + copy_notes(rows, scores, bounds)
+            of_base = comparison.metrics(comparison.rows(base))
+            bounds["text_only"] = summarise(of_base)
+            if unlike := set(by_subject) ^ set(comparison.by_subject(of_base)):
+                notes.append(f"the base model's images are of other subjects: {', '.join(sorted(unlike))}")
+        notes += size_notes(rows) + copy_notes(rows, by_subject, comparison.by_subject(limits["real"]))
         if "dino_masked" in scores and (blind := sum("dino_masked" not in row.told for row in rows)):
             notes.append(f"no object was found in {blind} images: they have no masked scores")
         moves = {
             "protocol": asdict(self.protocol),
             **self.networks,
             "subjects": {
-                one.name: [one.templates, [looked[path].key for path in comparison.photographs[one.name]]]
+                one.name: [one.prompts, one.templates, [looked[path].key for path in comparison.photographs[one.name]]]
                 for one in subjects
             },
             "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -118,19 +123,19 @@ class Scorer:
         return Result(
             protocol=self.protocol.name,
             hash=hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()[:16],
-            name=name or images.name,
+            name=name or images.resolve().name,
             scores=scores,
-            subjects=comparison.by_subject(metrics),
+            subjects=by_subject,
             groups={group: comparison.summary(of) for group, of in groups(rows).items()},
             bounds=bounds,
             images=[row.told for row in rows],
             photographs={
-                subject: [{"file": str(path.resolve()), "key": looked[path].key} for path in paths]
+                subject: [{"file": str(path.absolute()), "key": looked[path].key} for path in paths]
                 for subject, paths in comparison.photographs.items()
             },
             missing=missing,
             notes=notes,
-            images_folder=str(images.resolve()),
+            images_folder=str(images.absolute()),
             moves=moves,
             folder=self.cache,
         )
@@ -171,15 +176,19 @@ def evaluate(
         name: of the method, in the tables; by default the images folder's.
         batch_size: pictures looked at at a time.
     """
-    check_ranges(batch_size=(batch_size, 1, 4096), images_per_prompt=(images_per_prompt or 1, 1, float("inf")))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file, not a folder")
+    check_ranges(
+        batch_size=(batch_size, 1, 4096),
+        images_per_prompt=(1 if images_per_prompt is None else images_per_prompt, 1, float("inf")),
+    )
+    if out.resolve().is_relative_to(images.resolve()):
+        raise InputError(f"--out: {out} lies in the images folder {images}: give one outside of it")
     known, rules = read_subjects(subjects, prompts), protocol_named(protocol)
     # Told before the networks are loaded, which may take long.
     for folder in (images, *([text_only] if text_only else [])):
         _, _, missing = check(folder, known, images_per_prompt if folder == images else None)
         if missing and not allow_missing:
             raise InputError(missing_message(missing))
+    make_folder(out)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     scorer = Scorer(
         load_clip(clip, device),
@@ -203,6 +212,6 @@ def evaluate(
     write_report([result], out)
     console.print(score_table(result))
     for note in result.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     for file in ("report.html", "results.json", "table.md"):
         console.print(f"  {out / file}", highlight=False)

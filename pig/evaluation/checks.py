@@ -32,6 +32,12 @@ def check(
     )
     if strangers:
         raise InputError(f"{images} has images of {', '.join(strangers)}, which the subjects folder does not have")
+    places = Counter((one.subject.name, one.prompt_index, one.seed) for one in found)
+    if twice := [place for place, count in places.items() if count > 1]:
+        name, index, seed = twice[0]
+        raise InputError(
+            f"{images / name / str(index)} has several files {seed}.* ({len(twice)} such): keep one of each"
+        )
     lines = {Path(file).as_posix(): line for file, line in read_manifest(images).items()}
     _check_manifest(images, lines, found)
     notes, there = [], {one.path.relative_to(images).as_posix() for one in found}
@@ -59,7 +65,7 @@ def _check_manifest(images: Path, lines: Mapping[str, Mapping[str, Any]], found:
         # An identifier may stand in what it was drawn for: "a sks dog in the jungle".
         pattern = re.escape(fill_prompt(subject.templates[index], subject.class_noun, "IDENTIFIER"))
         told = " ".join(str(line.get("prompt", subject.prompts[index])).split())
-        if not re.fullmatch(pattern.replace("IDENTIFIER\\ ", r"(\S+ )?"), told):
+        if told != subject.prompts[index] and not re.fullmatch(pattern.replace("IDENTIFIER", r"\S+"), told):
             wrong.append(f"{file} was drawn for {told!r}, but prompt {index} is {subject.prompts[index]!r}")
         said = (line.get("subject", subject.name), str(line.get("prompt_index", index)))
         if said != (subject.name, str(index)):

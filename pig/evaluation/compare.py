@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,11 +10,12 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pig.errors import InputError
 from pig.evaluation.report import table_of, write_report
-from pig.evaluation.results import Result, notes_of
+from pig.evaluation.results import Result, make_folder, notes_of
 from pig.evaluation.statistics import interval, sign_flip_p
 from pig.evaluation.tables import MAIN, TITLES, score_table, short, write_tables
 
@@ -45,33 +47,40 @@ def compare(results: list[Path], /, out: Path) -> None:
     read = named_apart([Result.read(folder) for folder in results])
     check_alike(read)
     found = [one for other in read[1:] for one in differences(read[0], other)]
-    out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() in [folder.resolve() for folder in results]:
+        raise InputError(f"--out: {out} holds one of these results, whose report it would replace: give another")
+    make_folder(out)
+    for other in read[1:]:
+        other.notes += unpaired(read[0], other)
     several = len(read) > 2
-    head = ["", "difference", "95 % interval", "p"]
+    head = ["", "difference", "95 % interval", "p", "subjects"]
     rows = [
         (
             f"{TITLES[one.score]}, {one.other}" if several else TITLES[one.score],
             signed(one.mean),
             f"{signed(one.low)} to {signed(one.high)}",
             f"{one.p:.4f}",
+            str(one.subjects),
         )
         for one in found
     ]
-    table = Table(*head, title=f"{read[0].name} less {', '.join(one.name for one in read[1:])}")
+    table = Table(*head, title=escape(f"{read[0].name} less {', '.join(one.name for one in read[1:])}"))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     for result in read:
         console.print(score_table(result))
     console.print(table)
     told = (
-        f"Means over {found[0].subjects} subjects of what each image of the first has more than the other's of the "
+        "Means over subjects of what each image of the first has more than the other's of the "
         "same prompt and seed; interval: subjects drawn again; p: signs of the subjects' differences flipped at random."
     )
-    section = table_of(head, [("all", row) for row in rows]) + f'<p class="dim">{told}</p>'
+    section = (
+        table_of(head, [("all", [html.escape(one) for one in row]) for row in rows]) + f'<p class="dim">{told}</p>'
+    )
     write_tables(read, out)
     write_report(read, out, sections={"Differences": section})
     for note in notes_of(read):
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     for file in ("report.html", "table.md"):
         console.print(f"  {out / file}", highlight=False)
 
@@ -123,6 +132,15 @@ def differences(first: Result, other: Result) -> list[Difference]:
         low, high = interval(means)
         found.append(Difference(other.name, score, fmean(means), low, high, sign_flip_p(means), len(means)))
     return found
+
+
+def unpaired(first: Result, other: Result) -> list[str]:
+    places = [{place_of(image) for image in one.images} for one in (first, other)]
+    alone = [len(places[0] - places[1]), len(places[1] - places[0])]
+    if not any(alone):
+        return []
+    told = f"{alone[0]} images of {first.name} and {alone[1]} of {other.name} have no partner: they are in the means"
+    return [f"{told}, not in the differences"]
 
 
 def place_of(image: dict) -> tuple[str, int, str]:

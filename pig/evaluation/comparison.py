@@ -31,6 +31,7 @@ from pig.models.encoders import Clip
 PAIRED = ("clip_i", "dino", "clip_i_masked", "dino_masked")
 FEATURE = {"clip_i": "clip", "dino": "dino", "clip_i_masked": "clip_masked", "dino_masked": "dino_masked"}
 Metrics = Mapping[str, PerSubject]
+SAME = 0.999  # DINO cosine of a picture and its copy
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,24 @@ class Comparison:
             if there:
                 photographs = features_of([self.looked[path] for path in self.photographs[subject.name]], "dino")
                 real = {score: self.real(subject.name, score) for score in PAIRED}
-                limit = highest_pair(photographs)
+                limit = copy_limit(photographs)
                 rows += [self._row(one, real, photographs, limit) for one in there]
         for _, alike in groupby(rows, key=lambda row: (row.image.subject.name, row.image.prompt_index)):
             add_diversity(list(alike))
         return rows
 
-    def _row(self, one: Generated, real: Mapping[str, Tensor], photographs: Tensor, limit: float | None) -> Row:
-        """real: as `self.real`. photographs: DINO features of all, and the highest cosine between two of them."""
+    def _row(self, one: Generated, real: Mapping[str, Tensor], photographs: Tensor, limit: float) -> Row:
+        """real: as `self.real`. photographs: DINO features of all; limit: what is closer to one is a copy."""
         subject, looked, index = one.subject, self.looked[one.path], one.prompt_index
         clip, texts = looked.features["clip"][None], self.texts[subject.name]
         closeness = subject_fidelity(looked.features["dino"][None], photographs)[0]
         nearest = int(closeness.argmax())
+        highest = closeness[nearest].item()
         told: dict[str, Any] = {
             "subject": subject.name,
             "prompt_index": index,
             "seed": one.seed,
-            "file": f"{subject.name}/{index}/{one.path.name}",
+            "file": "/".join(one.path.parts[-3:]),
             "key": looked.key,
             "prompt": subject.prompts[index],
             "kind": prompt_kind(subject.templates[index]),
@@ -96,8 +98,9 @@ class Comparison:
             "clip_t": prompt_fidelity(clip, texts[index]).item() * self.protocol.clip_t_factor,
             "prompt_accuracy": float(int((clip @ texts.T).argmax()) == index),
             "nearest": self.photographs[subject.name][nearest].name,
-            "nearest_dino": closeness[nearest].item(),
-            "copied": limit is not None and closeness[nearest].item() > limit,
+            "nearest_key": self.looked[self.photographs[subject.name][nearest]].key,
+            "nearest_dino": highest,
+            "copied": highest > limit,
         }
         for score in PAIRED:
             each = subject_fidelity(features_of([looked], score), real[score]).flatten().tolist()
@@ -132,13 +135,14 @@ class Comparison:
     def summary(self, rows: Sequence[Row]) -> dict[str, Score]:
         return summarise(self.metrics(rows))
 
-    def bounds(self) -> dict[str, dict[str, Score]]:
+    def bounds(self, subjects: Iterable[str]) -> dict[str, dict[str, PerSubject]]:
         """`real`: photographs against their subject's others; `copy`: the first one as the image of every prompt."""
         size, by_subject = len(self.order), self.protocol.by_subject
-        real = {score: SubjectFidelity(size, by_subject) for score in PAIRED}
-        copy: dict[str, Any] = {score: SubjectFidelity(size, by_subject) for score in PAIRED}
+        real: dict[str, PerSubject] = {score: SubjectFidelity(size, by_subject) for score in PAIRED}
+        copy: dict[str, PerSubject] = {score: SubjectFidelity(size, by_subject) for score in PAIRED}
         copy["clip_t"] = PromptFidelity(size, by_subject, self.protocol.clip_t_factor)
-        for name, subject in self.order.items():
+        for name in subjects:
+            subject = self.order[name]
             photographs = [self.looked[path] for path in self.photographs[name]]
             for score in PAIRED:
                 against, images = self.real(name, score), features_of(photographs, score)
@@ -150,7 +154,7 @@ class Comparison:
             copy["clip_t"].update(features_of(photographs[:1], "clip_i").expand(len(texts), -1), texts, subject)
         found = {"real": real, "copy": copy}
         return {
-            bound: summarise({score: metric for score, metric in metrics.items() if metric.count.any()})
+            bound: {score: metric for score, metric in metrics.items() if metric.count.any()}
             for bound, metrics in found.items()
         }
 
@@ -179,11 +183,11 @@ def add_diversity(rows: Sequence[Row]) -> None:
         row.told["diversity"] = 1 - ((total - own) / (len(rows) - 1)).item()
 
 
-def highest_pair(features: Tensor) -> float | None:
-    """The highest cosine between two of them; None of fewer than two."""
-    if len(features) < 2:
-        return None
-    return subject_fidelity(features, features)[~torch.eye(len(features), dtype=torch.bool)].max().item()
+def copy_limit(photographs: Tensor) -> float:
+    """The highest DINO cosine of two photographs that are not the same one; at most that of a plain copy."""
+    cosines = subject_fidelity(photographs, photographs)[~torch.eye(len(photographs), dtype=torch.bool)]
+    apart = cosines[cosines < SAME]
+    return apart.max().item() if len(apart) else SAME
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -202,18 +206,21 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def copy_notes(rows: Sequence[Row], scores: Mapping[str, Score], bounds: Mapping[str, Any]) -> list[str]:
+def copy_notes(
+    rows: Sequence[Row], subjects: Mapping[str, Mapping[str, float]], real: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """subjects, real: subject -> score -> mean, of the images and of the photographs against each other."""
     notes = []
     if copied := [row.told["file"] for row in rows if row.told["copied"]]:
         notes.append(
             f"copy alarm: {len(copied)} images are closer to a photograph than any two photographs of their subject "
             f"are to each other: {', '.join(copied[:3])}{' ...' if len(copied) > 3 else ''}"
         )
-    real = bounds["real"].get("dino")
-    if real and scores["dino"]["mean"] > real["mean"]:
-        notes.append(
-            f"copy alarm: DINO {scores['dino']['mean']:.3f} lies above the bound of real pictures, {real['mean']:.3f}"
-        )
+    both = [name for name in subjects if "dino" in real.get(name, {})]
+    if both:
+        images, bound = (fmean(of[name]["dino"] for name in both) for of in (subjects, real))
+        if images > bound:
+            notes.append(f"copy alarm: DINO {images:.3f} lies above the bound of real pictures, {bound:.3f}")
     return notes
 
 

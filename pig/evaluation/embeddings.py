@@ -24,6 +24,7 @@ from torch import Tensor
 from pig.data.subjects import Segment, find_object, mask_path
 from pig.data.transforms import WHITE, load_image
 from pig.errors import InputError
+from pig.evaluation.results import make_folder
 from pig.models.encoders import Clip, ImageEncoder
 
 THUMBNAIL = 160  # pixels, the longer side
@@ -73,10 +74,7 @@ class Embedder:
     def __call__(self, files: Mapping[Path, str]) -> tuple[dict[Path, Looked], dict[Path, str]]:
         """files: path -> the noun of what it shows. Returns what was seen, and of unreadable files why."""
         for folder in (self.store, self.thumbnails):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot write into {folder}: {error.strerror}") from error
+            make_folder(folder)
         kept = self._read_store()
         with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 1))) as pool:
             found = dict(zip(files, pool.map(self._key, files, files.values()), strict=True))
@@ -147,11 +145,13 @@ class Embedder:
         pixels = {name: encoder.prepare(picture) for name, encoder in self.encoders.items()}
         if self.segment is None:
             return Decoded(key, picture.size, pixels, noun, None, None)
-        mask = mask_path(path)
         try:
-            return Decoded(key, picture.size, pixels, noun, picture, load_image(mask) if mask.exists() else None)
+            mask = load_image(mask_path(path)) if mask_path(path).exists() else None
         except InputError as error:
             return str(error)
+        if mask is not None and mask.size != picture.size:
+            return f"its mask is {mask.size}, it is {picture.size}"
+        return Decoded(key, picture.size, pixels, noun, picture, mask)
 
     def _on_white(self, one: Decoded) -> Image.Image | None:
         """The object alone, where it stands; None where none is found: it has no masked scores."""

@@ -23,6 +23,8 @@ def prompt_fidelity(images: Tensor, texts: Tensor) -> Tensor:
 
 def subject_fidelity(generated: Tensor, real: Tensor) -> Tensor:
     """CLIP-I or DINO: (N, M) cosines of every pair of generated (N, D) and real (M, D) images of unit length."""
+    if not len(generated) or not len(real):
+        return torch.zeros(len(generated), len(real))
     return generated @ real.T
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,12 @@ def write_report(
         "wide": str(190 if len(results) == 1 else min(160 * (len(results) + 1), 640)),
         "wide_phone": str(165 if len(results) == 1 else 300),
         "phone": str(105 if len(results) == 1 else 300),
-        # `</script>` in a prompt must not end the script.
-        "data": json.dumps(gallery(results)).replace("</", "<\\/"),
+        # No tag in a prompt may mean anything to the script's end.
+        "data": json.dumps(gallery(results)).replace("<", "\\u003c"),
     }
-    page = TEMPLATE.read_text()
-    for name, content in filled.items():
-        page = page.replace("{{" + name + "}}", content)
-    (out / "report.html").write_text(page)
+    # In one pass: what is filled in may look like a place to fill.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], TEMPLATE.read_text())
+    (out / "report.html").write_text(page, errors="backslashreplace")
 
 
 def _section(heading: str, content: str) -> str:
@@ -165,9 +165,6 @@ def gallery(results: Sequence[Result]) -> dict[str, Any]:
 
     items: dict[tuple[str, int, str], dict[str, Any]] = {}
     for number, result in enumerate(results):
-        near = {
-            subject: {Path(one["file"]).name: one["key"] for one in of} for subject, of in result.photographs.items()
-        }
         for image in result.images:
             place = (image["subject"], image["prompt_index"], image["seed"])
             told = {name: image[name] for name in ("subject", "prompt", "kind", "seed")}
@@ -175,7 +172,7 @@ def gallery(results: Sequence[Result]) -> dict[str, Any]:
             item["cells"][number] = {name: _rounded(image.get(name)) for name in CELL}
             thumbnail(result, image["key"])
             if image["copied"]:
-                item["near"] = thumbnail(result, near[image["subject"]][image["nearest"]])
+                item["cells"][number]["near"] = thumbnail(result, image["nearest_key"])
     first = results[0]
     subjects = {
         name: {

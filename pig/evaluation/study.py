@@ -7,6 +7,7 @@ Python's own http.server: a page and three addresses need no framework.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -22,16 +23,17 @@ from urllib.parse import parse_qs, urlparse
 
 from rich.console import Console
 
+from pig.data.transforms import load_image
 from pig.errors import InputError, check_ranges
 from pig.evaluation.compare import named_apart, place_of
-from pig.evaluation.results import Result
+from pig.evaluation.results import Result, make_folder
 from pig.evaluation.statistics import interval
 
 PAGE = Path(__file__).with_suffix(".html")
+FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer
 ANSWERS, PLAN, FOUND = "answers.jsonl", "study.json", "study.md"
 CHECK_EVERY = 10  # questions for one attention check
 ATTENTIVE = 0.8  # the share of checks that a rater must have right to count
-TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 Question = Literal["subject", "prompt"]
 ASKED: Mapping[Question, str] = {
     "subject": "Which picture shows the object of the reference better?",
@@ -42,9 +44,10 @@ console = Console(soft_wrap=True)
 
 @dataclass(frozen=True)
 class Item:
-    """One question about two pictures. A check has a right answer: its first picture."""
+    """One question about two pictures. A check has a right answer: its first picture. `id` tells raters nothing."""
 
     id: str
+    place: str
     question: Question
     subject: str
     text: str
@@ -105,13 +108,18 @@ class Study:
         self.tokens = {path: hashlib.sha256(secret + str(path).encode()).hexdigest()[:24] for path in files}
         self.paths = {token: path for path, token in self.tokens.items()}
         plan = {"names": list(self.names), "hashes": [first.hash, second.hash], "pairs": pairs, "seed": seed}
-        plan["questions"] = hashlib.sha256("".join(self.items).encode()).hexdigest()[:16]
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / PLAN).exists() and json.loads((out / PLAN).read_text()) != plan:
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)]
+        plan["questions"] = hashlib.sha256("".join([*self.items, *digests]).encode()).hexdigest()[:16]
+        make_folder(out)
+        told = json.dumps(plan, indent=1)
+        if (out / PLAN).exists() and (out / PLAN).read_text(errors="replace") != told:
             raise InputError(
-                f"{out} holds answers to another study: give another --out, or the same results and settings"
+                f"{out} holds answers to another study, or its pictures have changed since: give another --out, or the "
+                "same results and settings"
             )
-        (out / PLAN).write_text(json.dumps(plan, indent=1))
+        partial = out / f"{PLAN}.tmp"
+        partial.write_text(told)
+        partial.replace(out / PLAN)
         self.lock = threading.Lock()
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
         text = (out / ANSWERS).read_text() if (out / ANSWERS).exists() else ""
@@ -121,9 +129,10 @@ class Study:
         for line in text.splitlines():
             try:
                 answer = json.loads(line)
-                self.answers[answer["rater"], answer["id"]] = answer
-            except (ValueError, KeyError):
+            except ValueError:
                 continue
+            if isinstance(answer, dict) and answer.keys() >= FIELDS and answer["id"] in self.items:
+                self.answers[str(answer["rater"]), answer["id"]] = answer
 
     def order(self, rater: str) -> list[str]:
         """The questions in this rater's own order."""
@@ -160,6 +169,7 @@ class Study:
         line = {
             "rater": rater,
             "id": item.id,
+            "place": item.place,
             "question": item.question,
             "subject": item.subject,
             "check": item.check,
@@ -237,12 +247,13 @@ def questions(first: Result, second: Result, pairs: int, seed: int) -> list[Item
         pictures = (Path(first.images_folder) / image["file"], Path(second.images_folder) / other["file"])
         for question in ASKED:
             references = tuple(photographs[subject][:3]) if question == "subject" else ()
-            items.append(Item(f"{question} {place}", question, subject, image["prompt"], references, pictures))
-    items += checks_for(photographs, len(items) // CHECK_EVERY, rng)
+            own = f"{question} {place}"
+            items.append(Item(item_id(own, seed), own, question, subject, image["prompt"], references, pictures))
+    items += checks_for(photographs, len(items) // CHECK_EVERY, rng, seed)
     return items
 
 
-def checks_for(photographs: Mapping[str, Sequence[Path]], count: int, rng: random.Random) -> list[Item]:
+def checks_for(photographs: Mapping[str, Sequence[Path]], count: int, rng: random.Random, seed: int) -> list[Item]:
     """Questions with a known answer: another photograph of the subject against one of another subject."""
     able = [name for name, paths in photographs.items() if len(paths) > 1]
     if not able or len(photographs) < 2:
@@ -253,9 +264,29 @@ def checks_for(photographs: Mapping[str, Sequence[Path]], count: int, rng: rando
         stranger = rng.choice([name for name in photographs if name != subject])
         pictures = (photographs[subject][-1], rng.choice(photographs[stranger]))
         items.append(
-            Item(f"check {number}", "subject", subject, "", tuple(photographs[subject][:1]), pictures, check=True)
+            Item(
+                item_id(f"check {number}", seed),
+                f"check {number}",
+                "subject",
+                subject,
+                "",
+                tuple(photographs[subject][:1]),
+                pictures,
+                check=True,
+            )
         )
     return items
+
+
+def item_id(place: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed} {place}".encode()).hexdigest()[:16]
+
+
+def as_png(path: Path) -> bytes:
+    """The pixels alone: a file's format or metadata could tell whose it is."""
+    found = io.BytesIO()
+    load_image(path).convert("RGB").save(found, "PNG")
+    return found.getvalue()
 
 
 def handler_of(asking: Study) -> type[BaseHTTPRequestHandler]:
@@ -268,7 +299,7 @@ def handler_of(asking: Study) -> type[BaseHTTPRequestHandler]:
                 rater = parse_qs(address.query).get("rater", [""])[0]
                 self.reply(json.dumps(asking.next(rater)).encode(), "application/json")
             elif path := asking.paths.get(address.path.removeprefix("/picture/")):
-                self.reply(path.read_bytes(), TYPES.get(path.suffix.lower(), "application/octet-stream"))
+                self.reply(as_png(path), "image/png")
             else:
                 self.send_error(HTTPStatus.NOT_FOUND)
 

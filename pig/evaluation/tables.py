@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from pig.evaluation.results import Result, Score
@@ -84,13 +85,13 @@ def short(value: float) -> str:
 
 def score_table(result: Result) -> Table:
     """Overall, bounds and groups, for the terminal."""
-    table = Table(title=f"{result.name}; protocol {result.protocol}, hash {result.hash}")
+    table = Table(title=escape(f"{result.name}; protocol {result.protocol}, hash {result.hash}"))
     table.add_column("")
     for name in MAIN:
         table.add_column(TITLES[name], justify="right", no_wrap=True)
     for sort, name, scores in rows_of(result):
         if sort != "subject":
-            table.add_row(name, *(cell(scores, one) for one in MAIN))
+            table.add_row(escape(name), *(escape(cell(scores, one)) for one in MAIN))
     return table
 
 
@@ -108,9 +109,9 @@ def means_table(scores: Mapping[str, Mapping[str, float]], title: str = "held-ou
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
     """`table.md`, `table.tex`, `table.csv` (all rows of all results) and `images.csv` (every image)."""
-    (out / "table.md").write_text(markdown(results))
-    (out / "table.tex").write_text(latex(results))
-    with (out / "table.csv").open("w", newline="") as stream:
+    (out / "table.md").write_text(markdown(results), errors="backslashreplace")
+    (out / "table.tex").write_text(latex(results), errors="backslashreplace")
+    with (out / "table.csv").open("w", newline="", errors="backslashreplace") as stream:
         writer = csv.writer(stream)
         writer.writerow(["result", "protocol", "hash", "sort", "name", "score", "mean", "low", "high"])
         for result in results:
@@ -118,8 +119,9 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
                 for score, found in scores.items():
                     line = [found["mean"], found["low"], found["high"]]
                     writer.writerow([result.name, result.protocol, result.hash, sort, name, score, *line])
-    with (out / "images.csv").open("w", newline="") as stream:
-        columns = ["result", "subject", "prompt_index", "seed", "file", "prompt", "kind", *TITLES, "nearest", "copied"]
+    with (out / "images.csv").open("w", newline="", errors="backslashreplace") as stream:
+        kept = [name for name in TITLES if any(name in image for result in results for image in result.images)]
+        columns = ["result", "subject", "prompt_index", "seed", "file", "prompt", "kind", *kept, "nearest", "copied"]
         rows = csv.DictWriter(stream, columns, extrasaction="ignore")
         rows.writeheader()
         for result in results:
@@ -130,9 +132,11 @@ def markdown(results: Sequence[Result]) -> str:
     lines = []
     for result in results:
         names = names_of(result)
-        lines += [f"## {result.name}", "", f"Protocol `{result.protocol}`, hash `{result.hash}`.", ""]
+        lines += [f"## {_plain(result.name)}", "", f"Protocol `{result.protocol}`, hash `{result.hash}`.", ""]
         lines += [f"| | {' | '.join(TITLES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {name} | {' | '.join(cell(scores, s) for s in names)} |" for _, name, scores in rows_of(result)]
+        lines += [
+            f"| {_plain(name)} | {' | '.join(cell(scores, s) for s in names)} |" for _, name, scores in rows_of(result)
+        ]
         lines += ["", *(f"- {note}" for note in result.notes), ""]
     lines += [
         "## As published (DreamBooth benchmark)",
@@ -170,8 +174,14 @@ def _latex_cell(score: Score | None) -> str:
     if score is None:
         return "--"
     mean, low, high = (short(score[key]) for key in ("mean", "low", "high"))
-    return f"${mean}$ {{\\scriptsize $[{low}, {high}]$}}"
+    return f"${mean}$" if score["low"] == score["high"] else f"${mean}$ {{\\scriptsize $[{low}, {high}]$}}"
+
+
+def _plain(text: str) -> str:
+    """For a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _escape(text: str) -> str:
-    return "".join("\\" + one if one in "&%$#_{}" else one for one in text)
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(one, "\\" + one if one in "&%$#_{}" else one) for one in " ".join(text.split()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
-from transformers.activations import QuickGELUActivation
 
 from pig.errors import InputError
 from pig.models.backbone import resolve, tokenize
@@ -130,7 +130,7 @@ def load_dino(name: str | Path, device: torch.device | str = "cpu", *, crop: boo
 
 class ClipEncoder(Clip):
     """CLIP in transformers' format: shorter side to S (bicubic), centre crop S, the checkpoint's mean and deviation;
-    pixel by pixel what transformers' own processor makes of it."""
+    pixel by pixel what transformers' own processor makes of it by PIL (by torchvision it rounds otherwise)."""
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         self.model = _load(CLIPModel, folder).to(device).eval()
@@ -255,11 +255,12 @@ def _dino_preprocessing(
 
 def identity_of(model: nn.Module, network: str, preprocessing: Any, words: Any = None) -> dict[str, Any]:
     """The weights' sha256 does not depend on the file's format or on the device. words: what shows the tokenizer."""
-    quick = any(isinstance(part, QuickGELUActivation) or type(part).__name__ == "QuickGELU" for part in model.modules())
+    names = (type(part).__name__ for part in model.modules())
+    activations = {"QuickGELU" if "QuickGELU" in name else "GELU" for name in names if "GELU" in name}
     found = {
         "network": network,
         "weights": weights_digest(model),
-        "activation": "QuickGELU" if quick else "GELU",
+        "activation": " and ".join(sorted(activations)),
         "preprocessing": preprocessing,
     }
     return found if words is None else {**found, "words": hashlib.sha256(repr(words).encode()).hexdigest()}
@@ -276,13 +277,18 @@ def weights_digest(model: nn.Module) -> str:
 
 def demand_quick_gelu(identity: dict[str, Any], name: str, remedy: str) -> None:
     if identity["activation"] != "QuickGELU":
-        raise InputError(f"{name} holds OpenAI's weights, which were trained with QuickGELU, under GELU: {remedy}")
+        raise InputError(
+            f"{name} holds OpenAI's weights, trained with QuickGELU, under {identity['activation']}: {remedy}"
+        )
 
 
 def is_openai_name(name: str) -> bool:
-    """Of a hub id or tag by any part of it, of a folder by its own name."""
+    """Of a hub id or tag by any part of it; of a folder by its own name or one such as `models--openai--clip-...`."""
     path = Path(name.removeprefix("local-dir:"))
-    return "openai" in (path.name if path.exists() else name).lower()
+    if not path.exists():
+        return "openai" in name.lower()
+    path = path.resolve()
+    return "openai" in path.name.lower() or re.search(r"openai[\W_]+clip", str(path).lower()) is not None
 
 
 def is_openai_file(path: str) -> bool:
@@ -298,12 +304,16 @@ def is_openai_file(path: str) -> bool:
 
 
 def _load(kind: Any, folder: str | Path, **options: object) -> Any:
-    if kind is not CLIPTokenizer:
-        options["dtype"] = torch.float32
+    what = f"cannot load a {kind.__name__} from {str(folder)!r}"
     try:
-        return kind.from_pretrained(folder, **options)
+        if kind is CLIPTokenizer:
+            return kind.from_pretrained(folder)
+        loaded, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"cannot load a {kind.__name__} from {str(folder)!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{what}: {str(error).splitlines()[0]}") from error
+    if absent := sorted(told["missing_keys"]) + sorted(str(one) for one in told["mismatched_keys"]):
+        raise InputError(f"{what}: it has no weights for {absent[0]} and {len(absent) - 1} more, which would be random")
+    return loaded
 
 
 def _processor(folder: str | Path) -> dict[str, Any]:
