@@ -204,9 +204,9 @@ def evaluate(
         return
     if "toyworld" in (clip, dino):
         result.notes.append("scored with networks of the toy world: the numbers mean nothing outside of it")
-    patches = f"S/{rules.dino.rpartition('/')[2]}"
-    if not str(scorer.networks["dino"]["network"]).endswith(f" {patches[2:]}"):
-        result.notes.append(f"{protocol} means {rules.dino}; this is a {scorer.networks['dino']['network']}")
+    found = scorer.networks["dino"]["network"]
+    if found != f"ViT, patches of {rules.dino_patch}":
+        result.notes.append(f"{protocol} means DINO ViT-S/{rules.dino_patch}; this is a {found}")
     result.write(out)
     write_tables([result], out)
     write_report([result], out)

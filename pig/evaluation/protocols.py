@@ -29,7 +29,7 @@ class Protocol:
     """How the images of a benchmark become three numbers.
 
     Attributes:
-        dino: the network that the protocol means.
+        dino_patch: of the network that the protocol means, DINO ViT-S/16 or ViT-S/8.
         crop: DINO sees the centre crop S of the shorter side at 256/224 S; else the picture squeezed to S x S.
         all_references: an image is compared with all real pictures of its subject; else with the first.
         all_images: every image of a prompt counts; else the first.
@@ -39,7 +39,7 @@ class Protocol:
     """
 
     name: ProtocolName
-    dino: str = "DINO ViT-S/16"
+    dino_patch: int = 16
     crop: bool = True
     all_references: bool = True
     all_images: bool = True
@@ -53,7 +53,7 @@ PROTOCOLS: dict[str, Protocol] = {
     one.name: one
     for one in (
         DREAMBOOTH,
-        replace(DREAMBOOTH, name="dreambench_plus_dino8", dino="DINO ViT-S/8", crop=False),
+        replace(DREAMBOOTH, name="dreambench_plus_dino8", dino_patch=8, crop=False),
         replace(DREAMBOOTH, name="dino_direct_224", crop=False),
         replace(DREAMBOOTH, name="first_reference", all_references=False),
         replace(DREAMBOOTH, name="one_image", all_images=False),

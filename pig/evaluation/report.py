@@ -39,13 +39,13 @@ def write_report(
         told = f"{result.name}: {len(result.images)} images of {len(result.subjects)} subjects"
         lines.append(f'<p class="dim">{html.escape(told)}; protocol {result.protocol}, hash {result.hash}</p>')
     lines += [f'<p class="note">{html.escape(note)}</p>' for note in notes_of(results)]
-    body = [_section("Scores", "".join(score_rows(result) for result in results) + _explanation(first))]
+    body = [_section("Scores", "".join(rows_table(result, subjects=False) for result in results) + _explanation(first))]
     points = [Point(result.name, result.per_subject()) for result in results]
     if len(first.subjects) > 1 or len(points) > 1:
         plane = plane_svg(points, fixed_of(first), ceiling_of(first))
         body.append(_section("The plane", f'<div class="plane">{plane}</div>'))
     body += [_section(heading, content) for heading, content in (sections or {}).items()]
-    tail = [_section("Subjects", "".join(subject_rows(result) for result in results))]
+    tail = [_section("Subjects", "".join(rows_table(result, subjects=True) for result in results))]
     tail.append(_section("As published", published_rows()))
     moves = html.escape(json.dumps({result.name: result.moves for result in results}, indent=1))
     moving = "<p>The hash is of all this; scores of other hashes are other scores.</p>"
@@ -88,24 +88,15 @@ def _cell(scores: Mapping[str, Score], name: str) -> str:
     return short(score["mean"]) + around
 
 
-def score_rows(result: Result) -> str:
+def rows_table(result: Result, *, subjects: bool) -> str:
+    """The rows of the subjects, or all others."""
     names = names_of(result)
     rows = [
         (sort, [html.escape(name), *(_cell(scores, one) for one in names)])
         for sort, name, scores in rows_of(result)
-        if sort != "subject"
+        if (sort == "subject") == subjects
     ]
-    return table_of(["", *(TITLES[name] for name in names)], rows)
-
-
-def subject_rows(result: Result) -> str:
-    names = names_of(result)
-    rows = [
-        (sort, [html.escape(name), *(_cell(scores, one) for one in names)])
-        for sort, name, scores in rows_of(result)
-        if sort == "subject"
-    ]
-    return table_of([result.name, *(TITLES[name] for name in names)], rows)
+    return table_of([result.name if subjects else "", *(TITLES[name] for name in names)], rows)
 
 
 def published_rows() -> str:
