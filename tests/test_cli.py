@@ -50,12 +50,17 @@ def test_every_config_instantiates(monkeypatch, tmp_path, config) -> None:
             assert made.model.hparams[name] == value, name
 
 
-@pytest.mark.parametrize("name", [name for name, told in ablations.SETTINGS.items() if told is not None])
+ALL_SETTINGS = ablations.SETTINGS | ablations.CAUSES
+
+
+@pytest.mark.parametrize("name", [name for name, told in ALL_SETTINGS.items() if told is not None])
 def test_ablations_tell_fit_what_they_are_called(monkeypatch, tmp_path, name) -> None:
-    made = parse(monkeypatch, f"--config={TOY}", *HERE, f"--run={tmp_path}", *(ablations.SETTINGS[name] or []))
+    made = parse(monkeypatch, f"--config={TOY}", *HERE, f"--run={tmp_path}", *(ALL_SETTINGS[name] or []))
     trained = {group for group, rate in made.model.learning_rates.items() if rate > 0}
     only = {"Reference UNet only": {"reference_unet"}, "RSA only": {"rsa"}}
-    assert trained == only.get(name, {"reference_unet", "rsa"})
+    assert trained == only.get(name.partition(",")[0], {"reference_unet", "rsa"})
+    rates = {5e-5} if "a tenth" in name else {5e-4}
+    assert {rate for rate in made.model.learning_rates.values() if rate > 0} == rates
     augmentation = made.datamodule.augmentation
     expected = ((1, 1), 0) if name == "both, no augmentation" else ((0.6, 1.0), 0.5)
     assert (tuple(augmentation.scale), augmentation.flip) == expected
