@@ -155,6 +155,12 @@ def measure(way: str, batches: list[Batch]) -> dict[str, Any]:
     return {**found, "flops_per_sample": flops / size, "peak_memory_bytes": peak}
 
 
+def in_own_process(way: str, batches: list[Batch]) -> dict[str, Any]:
+    """So that one way's memory is not the other's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (way, batches))
+
+
 def measured_peak(size: int = 2048, times: int = 4) -> float:
     """FLOP/s of a large float32 product on this machine."""
     a = torch.randn(size, size)
@@ -176,8 +182,7 @@ def main() -> None:
     data = TripletDataModule(str(shards), batch_size=chosen.batch, resolution=64, num_workers=0)
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(chosen.steps), strict=False)]
     peak = measured_peak()
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = [pool.apply(measure, (way, batches)) for way in WAYS]
+    rows = [in_own_process(way, batches) for way in WAYS]
     for row in rows:
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
     chosen.out.parent.mkdir(parents=True, exist_ok=True)

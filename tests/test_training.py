@@ -150,6 +150,7 @@ def test_a_step_equals_that_of_algorithm_1_written_plainly(toy_data, dropout) ->
 
 
 def test_training_is_measured(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(training, "in_own_process", training.measure)
     monkeypatch.setattr("sys.argv", ["training", "--batch=2", "--steps=2", f"--out={tmp_path / 'bench/training.json'}"])
     training.main()
     found = json.loads((tmp_path / "bench/training.json").read_text())

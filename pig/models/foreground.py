@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -116,7 +115,7 @@ class RembgSegmenter:
         except ImportError as error:
             raise InputError("the segmenter `rembg` needs its package: pip install 'pig[rembg]'") from error
         self.remove: Any = rembg.remove
-        self.identity = f"rembg {version('rembg')}"
+        self.identity = f"rembg {getattr(rembg, '__version__', '')}"
         try:
             self.session = rembg.new_session()
         except Exception as error:  # the download's own kinds
