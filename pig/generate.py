@@ -18,7 +18,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from pig.attention import Pooling
-from pig.data.images import MANIFEST, Job, forget, read_manifest, save_generated
+from pig.data.images import MANIFEST, Job, forget, make_folder, read_manifest, save_generated
 from pig.data.subjects import Segment, SubjectFolder, load_cutout, read_subjects
 from pig.data.transforms import load_image, reference_picture
 from pig.errors import InputError, check_ranges
@@ -255,13 +255,6 @@ def cut_out_all(
         more = f" (and {len(mistakes) - 5} more)" if len(mistakes) > 5 else ""
         raise InputError("\n".join(mistakes[:5]) + more)
     return found
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}") from error
 
 
 def draw_jobs(

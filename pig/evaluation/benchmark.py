@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pig.data.images import make_folder
 from pig.data.subjects import Segment, SubjectFolder, read_subjects
 from pig.errors import InputError, check_ranges
 from pig.evaluation.checks import check, missing_message, some
@@ -22,7 +23,7 @@ from pig.evaluation.comparison import Comparison, copy_notes, groups, size_notes
 from pig.evaluation.embeddings import Embedder
 from pig.evaluation.protocols import DREAMBOOTH, Protocol, ProtocolName, protocol_named
 from pig.evaluation.report import write_report
-from pig.evaluation.results import Result, make_folder, summarise
+from pig.evaluation.results import Result, summarise
 from pig.evaluation.tables import score_table, write_tables
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import SegmenterName, make_segmenter

@@ -49,7 +49,7 @@ class Comparison:
     def __init__(
         self, subjects: Sequence[SubjectFolder], protocol: Protocol, clip: Clip, looked: Mapping[Path, Looked]
     ) -> None:
-        self.protocol, self.looked, self.subjects = protocol, looked, subjects
+        self.protocol, self.looked = protocol, looked
         self.order = {subject.name: index for index, subject in enumerate(subjects)}
         self.photographs = {one.name: [path for path in one.images if path in looked] for one in subjects}
         prompts = {one.name: one.prompts_with(protocol.identifier) for one in subjects}

@@ -72,18 +72,6 @@ class Result:
             raise InputError(f"{folder / RESULTS} is no result of this version's `evaluate`: {error}") from error
 
 
-def make_folder(out: Path) -> None:
-    """
-    Raises:
-        InputError: it is a file, or cannot be written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = "is a file, not a folder" if out.is_file() else f"cannot be made: {error.strerror}"
-        raise InputError(f"--out: {out} {what}") from error
-
-
 def notes_of(results: Sequence[Result]) -> list[str]:
     """All notes; those that not all results have with the name of whose they are."""
     shared = [note for note in results[0].notes if all(note in one.notes for one in results)]

@@ -23,10 +23,11 @@ from urllib.parse import parse_qs, urlparse
 
 from rich.console import Console
 
+from pig.data.images import make_folder
 from pig.data.transforms import load_image
 from pig.errors import InputError, check_ranges
 from pig.evaluation.compare import named_apart, place_of
-from pig.evaluation.results import Result, make_folder
+from pig.evaluation.results import Result
 from pig.evaluation.statistics import interval
 
 PAGE = Path(__file__).with_suffix(".html")

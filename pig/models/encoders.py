@@ -34,17 +34,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageEncoder(ABC):
-    """`identity`: all that decides its features: `network`, `weights` (sha256), `activation`, `preprocessing`."""
+    """`identity`: all that decides its features: `network`, `weights` (sha256), `activation`, `preprocessing`.
+
+    `preprocessing`: what `prepare` does, where the library does not bring its own.
+    """
 
     identity: dict[str, Any]
+    preprocessing: Preprocessing
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """(N, D) on the CPU, unit length."""
         return self.embed(torch.stack([self.prepare(picture) for picture in pictures]))
 
-    @abstractmethod
     def prepare(self, picture: Image.Image) -> Tensor:
         """What of a picture the network needs, (3, S, S); may run in a thread of its own."""
+        return self.preprocessing.prepare(picture)
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
@@ -149,9 +153,6 @@ class ClipEncoder(Clip):
         if is_openai_name(str(folder)):
             demand_quick_gelu(self.identity, str(folder), 'set "hidden_act": "quick_gelu" in both parts of config.json')
 
-    def prepare(self, picture: Image.Image) -> Tensor:
-        return self.preprocessing.prepare(picture)
-
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
         pixels = self.preprocessing.standardise(pixels.to(self.model.device))
@@ -211,9 +212,6 @@ class DinoEncoder(ImageEncoder):
         patch = self.model.config.patch_size
         self.identity = identity_of(self.model, f"ViT, patches of {patch}", asdict(self.preprocessing))
 
-    def prepare(self, picture: Image.Image) -> Tensor:
-        return self.preprocessing.prepare(picture)
-
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
         pixels = self.preprocessing.standardise(pixels.to(self.model.device))
@@ -235,9 +233,6 @@ class TimmDinoEncoder(ImageEncoder):
         self.preprocessing = _dino_preprocessing(size, crop, tuple(mean), tuple(std), BICUBIC)
         self.device, patch = device, self.model.patch_embed.patch_size[0]
         self.identity = identity_of(self.model, f"ViT, patches of {patch}", asdict(self.preprocessing))
-
-    def prepare(self, picture: Image.Image) -> Tensor:
-        return self.preprocessing.prepare(picture)
 
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
