@@ -25,11 +25,12 @@ class References:
     """What the Base UNet's `attn1` layers attend to besides their own input.
 
     features: layer name -> (B, K, N, C), or (1, K, N, C) to serve all samples.
-    dropped: (B,) bool, samples that get plain self-attention; None drops nothing.
+    kept: (B',) long, the samples that the features belong to, which then are (B', K, N, C); the others get plain
+        self-attention. None: the features are of all samples.
     """
 
     features: Mapping[str, Tensor]
-    dropped: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,19 @@ def pool_references(o: Tensor, o_i: Tensor, pooling: Pooling) -> Tensor:
     return o + (p * difference).sum(dim=1).to(o.dtype)  # Eq. 8
 
 
+def slow_backward(x: Tensor) -> bool:
+    """On CPUs the bf16 backward pass of scaled_dot_product_attention takes twice as long as plain products."""
+    half = x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return half and x.device.type == "cpu" and torch.is_grad_enabled()
+
+
 def _heads(attn: Attention, x: Tensor) -> Tensor:
     return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, H, N, d)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all (B, H, N, d)."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        # On CPUs the bf16 backward pass of scaled_dot_product_attention takes twice as long as this.
+    if slow_backward(q):
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -153,15 +159,16 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
         if self.name not in references.features:
             raise ValueError(f"the references hold no features for layer {self.name!r}")
         f, f_ref = hidden_states, references.features[self.name].to(hidden_states.dtype)
-        if len(f_ref) not in (1, len(f)):
+        if len(f_ref) not in ((1, len(f)) if references.kept is None else (len(references.kept),)):
             raise ValueError(f"{self.name}: references of {len(f_ref)} samples for a batch of {len(f)}")
 
         f_ref_key = f_ref * self.key_scale if self.key_scale != 1 else f_ref
-        if references.dropped is not None:
+        if references.kept is not None:
             # RSA(f, f) = SA(f): doubling all keys changes no softmax average. So a dropped sample stays in the batch.
-            dropped = references.dropped.view(-1, 1, 1, 1)
-            f_ref = torch.where(dropped, f[:, None], f_ref)
-            f_ref_key = torch.where(dropped, f[:, None], f_ref_key)
+            own = f[:, None].expand(-1, f_ref.shape[1], -1, -1)
+            scaled = f_ref_key is not f_ref
+            f_ref = own.index_copy(0, references.kept, f_ref)
+            f_ref_key = own.index_copy(0, references.kept, f_ref_key) if scaled else f_ref
 
         if self.pooling == "concat":
             return reference_self_attention(attn, f, f_ref.flatten(1, 2), f_ref_key.flatten(1, 2))
@@ -238,7 +245,7 @@ class CollectAttnProcessor:
 
 
 class TextAttnProcessor(AttnProcessor2_0):
-    """`attn2` of both UNets: diffusers' own cross-attention, deaf to what is meant for `attn1`."""
+    """`attn2` of both UNets: cross-attention to the text, deaf to what is meant for `attn1`."""
 
     def __call__(
         self,
@@ -250,7 +257,10 @@ class TextAttnProcessor(AttnProcessor2_0):
         references: References | ProjectedReferences | None = None,
         collected: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if not slow_backward(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        q, text = attn.to_q(hidden_states), encoder_hidden_states
+        return _output(attn, _attend(*(_heads(attn, x) for x in (q, attn.to_k(text), attn.to_v(text)))))
 
 
 def self_attention_layers(unet: UNet2DConditionModel) -> list[str]:

@@ -122,7 +122,8 @@ class SubjectSamples(Callback):
             job = Job(subject, index % len(subject.prompts), seed=index)
             references = subject.references(self.references)
             generator = torch.Generator().manual_seed(job.seed)
-            image = pipeline(job.prompt, references, generator=generator, num_inference_steps=self.steps).images[0]
+            with trainer.precision_plugin.forward_context():
+                image = pipeline(job.prompt, references, generator=generator, num_inference_steps=self.steps).images[0]
             real = [load_image(path) for path in subject.images]
             scores.update(index, [image], [job.prompt], real)
             rows.append([*references, image])

@@ -83,10 +83,11 @@ def test_sampling_with_references_dropped_per_sample(base_unet, inputs, pooling,
     reference = torch.randn(3, references, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = inputs["timesteps"]
     features = net.encode_reference(reference, t, inputs["text"])
-    expected = predict(net, inputs, features, dropped=torch.arange(3) < dropped)
+    kept = {name: f[dropped:] for name, f in features.items()}
+    expected = predict(net, inputs, kept, kept=torch.arange(dropped, 3))
     given = None
     if dropped < 3:
-        given = net.project({name: f[dropped:] for name, f in features.items()}, plain=dropped)
+        given = net.project(kept, plain=dropped)
         given = replace(given, alike_at=None)  # these are no branches of the same latents
     found, _ = net.sample(inputs["latents"], t, inputs["text"], given)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -116,7 +117,8 @@ def test_rsa_is_equation_3_and_rsa_of_itself_is_sa(grad) -> None:
 def test_dropped_samples_equal_plain_self_attention(inputs, pooling, key_scale) -> None:
     net = tiny_two_unet(pooling=pooling, reference_key_scale=key_scale)
     references, plain = encode(net, inputs), predict(net, inputs)
-    mixed = predict(net, inputs, references, dropped=torch.tensor([True, False, True]))
+    one = {name: f[1:2] for name, f in references.items()}
+    mixed = predict(net, inputs, one, kept=torch.tensor([1]))
     kept = predict(net, inputs, references)
     torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mixed[1], kept[1], atol=1e-5, rtol=1e-4)

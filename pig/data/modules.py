@@ -223,7 +223,7 @@ class TripletDataModule(LightningDataModule):
 
     Args:
         shards: training shards: a folder, glob, brace pattern or URL, or a list of such.
-        batch_size: samples per process and step.
+        batch_size: samples of an optimizer step, over all processes.
         resolution: side of targets and references in pixels.
         val_shards: held-out shards for the validation (and test) loss.
         predict_subjects: a folder of subjects (`pig.data.subjects`); `predict` draws each under all its prompts.
@@ -299,12 +299,15 @@ class TripletDataModule(LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Batch) else batch
 
     def _loader(self, spec: str | list[str], *, training: bool) -> ResumableLoader:
+        world = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % world:
+            raise InputError(f"data.batch_size={self.batch_size} cannot be shared evenly among {world} processes")
         shards, left_out = find_shards(spec)
         for line in left_out:
             log.warning("shard left out: %s", line)
         dataset = TripletDataset(
             shards,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // world,
             resolution=self.resolution,
             augmentation=self.augmentation,
             seed=self.seed,
@@ -312,7 +315,7 @@ class TripletDataModule(LightningDataModule):
             max_bad_samples=self.max_bad_samples,
             drop_last=training,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=world,
         )
         return ResumableLoader(
             dataset,

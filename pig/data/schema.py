@@ -37,7 +37,9 @@ class Triplet:
 class Batch:
     """What a training step gets.
 
-    target: (B, 3, H, W) in [-1, 1]. reference: (B, K, 3, H, W) in [-1, 1], the augmented object on white.
+    target: (B, 3, H, W) in [-1, 1]. reference: (B, K, 3, H, W) in [-1, 1], the augmented object on white. From encoded
+    shards (`python -m data_gen encode`) either may be the VAE's moments instead, (..., 8, H/8, W/8).
+    text: (B, L, D), the captions' embeddings, from encoded shards only.
     seeds: (B,) int64, every random draw made for a sample follows from its seed, so that neither the batch's
     composition nor the number of processes changes what is learnt, and a resumed run draws what it would have drawn.
     """
@@ -48,6 +50,16 @@ class Batch:
     objects: list[str]
     seeds: Tensor
     keys: list[str]
+    text: Tensor | None = None
+
+    def split(self, size: int) -> list[Batch]:
+        """Parts of at most `size` samples."""
+        columns: dict[str, Any] = vars(self)
+        parts = []
+        for at in range(0, len(self.keys), size):
+            part: dict[str, Any] = {name: None if of is None else of[at : at + size] for name, of in columns.items()}
+            parts.append(Batch(**part))
+        return parts
 
 
 @dataclass(frozen=True)

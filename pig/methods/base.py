@@ -1,4 +1,4 @@
-"""What every method's LightningModule shares: checkpoints of trainable weights only, parameter groups, logging."""
+"""What every method's LightningModule shares: parameter groups, micro-batches, checkpoints of what is trained."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from pig.data.schema import Batch
-from pig.errors import InputError
+from pig.errors import InputError, check_named
 
+log = logging.getLogger("pig")
 Schedule = Literal["constant", "cosine"]
+OptimizerName = Literal["adamw", "adamw_8bit", "adamw_sharded"]
 MAX_SKIPPED = 20  # steps of a run whose gradients are not finite
 
 
@@ -35,20 +39,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-class PersonalisationModule(LightningModule):
-    """Base of the methods. A method calls `train_only` in its constructor and defines `training_step` and `pipeline`.
+def adamw(name: OptimizerName, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW as in appendix B of BootPIG: `adamw` (fused), `adamw_8bit` (bitsandbytes: a quarter of its memory), or
+    `adamw_sharded` (torch's ZeroRedundancyOptimizer: each process keeps and updates its share of the state)."""
+    settings: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
+    if name == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    if name == "adamw_sharded":
+        if not torch.distributed.is_initialized():
+            raise InputError("model.optimizer=adamw_sharded is for several processes: set trainer.strategy to ddp")
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("model.optimizer=adamw_8bit needs bitsandbytes: pip install 'pig[8bit]'") from error
+    return AdamW8bit(groups, **settings)
 
-    Checkpoints hold the trainable weights and nothing of the frozen parts, which come from the base model's folder.
+
+def round_frozen(module: nn.Module) -> None:
+    """Keep the frozen weights of products in bf16, as autocast would round them at each use; norms stay float32."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+
+
+class PersonalisationModule(LightningModule):
+    """Base of the methods. A method calls `train_only` in its constructor and defines `loss` and `pipeline`.
+
+    A process's share of the global batch is taken in micro-batches, as large as the memory allows: at an
+    out-of-memory error the micro-batch is halved and the step begun again. Checkpoints hold the trainable weights and
+    nothing of the frozen parts, which come from the base model's folder.
+
+    Args:
+        optimizer: see `adamw`.
+        micro_batch: samples whose activations are held at a time, in each process; None: its share of the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: OptimizerName = "adamw", micro_batch: int | None = None) -> None:
         super().__init__()
+        check_named("model.optimizer", optimizer, get_args(OptimizerName))
+        if micro_batch is not None and micro_batch < 1:
+            raise InputError(f"model.micro_batch must be at least 1, got {micro_batch}")
+        self.optimizer_name, self.micro_batch = optimizer, micro_batch
         self.groups: dict[str, list[str]] = {}
         self.schedule: Schedule = "constant"
         self.learning_rates: dict[str, float] = {}
         self._samples, self._since = 0, time.perf_counter()
-        self._losses: list[tuple[list[str], Tensor]] = []  # of the micro-batches since the last optimizer step
+        self._batches: list[Batch] = []  # since the last optimizer step
+        self._losses: list[Tensor] = []  # of their samples
+        self._norms: dict[str, Tensor] = {}  # of each group's gradients
         self.skipped_steps = 0
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and timestep of each sample, both (B,)."""
+        raise NotImplementedError
 
     def pipeline(self) -> DiffusionPipeline:
         """The sampling pipeline on this module's own (not copied) parts."""
@@ -77,17 +123,13 @@ class PersonalisationModule(LightningModule):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def configure_optimizers(self) -> Any:
-        """AdamW as in appendix B of BootPIG, with one learning rate for each group."""
+        """AdamW with one learning rate for each group."""
         parameters = self.trainable()
-        optimizer = torch.optim.AdamW(
-            [
-                {"name": group, "params": [parameters[name] for name in names], "lr": self.learning_rates[group]}
-                for group, names in self.groups.items()
-            ],
-            betas=(0.9, 0.999),
-            weight_decay=1e-2,
-            eps=1e-8,
-        )
+        groups = [
+            {"name": group, "params": [parameters[name] for name in names], "lr": self.learning_rates[group]}
+            for group, names in self.groups.items()
+        ]
+        optimizer = adamw(self.optimizer_name, groups)
         if self.schedule == "constant":
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -134,40 +176,144 @@ class PersonalisationModule(LightningModule):
             if prefix == "train":  # NaN where the batch has no such timestep
                 self.log(f"{prefix}/loss_t{250 * quarter:03d}", (loss * inside).sum() / inside.sum(), batch_size=size)
 
-    def training_loss(self, batch: Batch, loss: Tensor, t: Tensor) -> Tensor:
-        """The mean of `loss` (B,), logged; its samples are remembered until the optimizer has stepped."""
-        self._losses.append((batch.keys, loss.detach()))
-        self.log_by_timestep("train", loss.detach(), t)
-        return loss.mean()
+    def setup(self, stage: str) -> None:
+        """Lay out the weights for the training's precision and device; what is computed stays the same."""
+        if stage != "fit":
+            return
+        cuda = self.trainer.strategy.root_device.type == "cuda"
+        if self.trainer.precision == "16-mixed":
+            raise InputError("trainer.precision=16-mixed is not supported: use bf16-mixed, which needs no loss scaling")
+        if self.trainer.precision == "bf16-mixed":
+            round_frozen(self)
+        if cuda or self.trainer.precision == "32-true":
+            self.to(memory_format=torch.channels_last)  # what convolutions want; in bf16 CPUs are slower with it
 
     def on_train_start(self) -> None:
         self._samples, self._since = 0, time.perf_counter()
+        self._tell_split()
+
+    def _tell_split(self) -> None:
+        world, loader = self.trainer.world_size, self.trainer.train_dataloader
+        size = loader.dataset.batch_size
+        micro = min(self.micro_batch or size, size)
+        accumulated = self.trainer.accumulate_grad_batches
+        rank_zero_info(
+            f"global batch {world * size * accumulated} = {world} processes x {-(-size // micro) * accumulated} "
+            f"micro-batches of {micro}"
+        )
+
+    # -- one step: micro-batches, memory, gradients ---------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the last micro-batch, times its share of the batch; the gradients of those before are there.
+
+        Processes exchange gradients in the last backward pass only, which Lightning starts.
+        """
+        self._batches.append(batch)
+        return self._within_memory(self._accumulate)
+
+    def backward(self, loss: Tensor) -> None:
+        """Lightning's hook: the backward pass of what `training_step` returned."""
+        self._within_memory(loss.backward, again=lambda: self._accumulate().backward())
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Lightning would do it between `training_step` and `backward`; it is done behind the step instead."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._clear()
+
+    def _accumulate(self) -> Tensor:
+        """Backward passes of all micro-batches but the last of the newest batch."""
+        batch = self._batches[-1]
+        size = len(batch.keys)
+        *before, last = batch.split(self.micro_batch or size)
+        found = []
+        for part in before:
+            loss, t = self.training_loss(part)
+            (loss.sum() / (size * self.trainer.accumulate_grad_batches)).backward()
+            found.append((loss.detach(), t))
+        loss, t = self.training_loss(last)
+        losses, ts = (torch.cat(column) for column in zip(*found, (loss.detach(), t), strict=True))
+        self._losses.append(losses)
+        self.log_by_timestep("train", losses, ts)
+        return loss.sum() / size
+
+    def _within_memory(self, work: Callable[[], Any], again: Callable[[], Any] | None = None) -> Any:
+        """`work`, or `again` with half the micro-batch for as long as there is not enough memory.
+
+        Not in a backward pass that exchanges gradients: the other processes would wait for what does not come.
+        """
+        alone = self.trainer.world_size == 1 or not again
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                self._halve(error, alone and self.trainer.accumulate_grad_batches == 1)
+            # Outside of `except`, whose traceback would keep the tensors alive.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            work = again or work
+
+    def _halve(self, error: torch.OutOfMemoryError, may: bool) -> None:
+        size = min(self.micro_batch or math.inf, len(self._batches[-1].keys))
+        told = f"out of memory with a micro-batch of {size}"
+        if size == 1 or not may:
+            remedy = (
+                "set model.gradient_checkpointing=true, model.optimizer=adamw_8bit, or a lower data.resolution"
+                if size == 1
+                else f"start again with model.micro_batch={size // 2}"
+            )
+            raise InputError(f"{told}: {remedy}. {error}") from error
+        self.micro_batch = int(size) // 2
+        log.warning("%s: halved to %d, and the step begun again", told, self.micro_batch)
+        # Gradients of a part of the batch may be there; all draws follow from the samples' seeds, so nothing is lost.
+        self.zero_grad(set_to_none=True)
+        self._losses.clear()
+
+    def _clear(self) -> None:
+        self.zero_grad(set_to_none=True)
+        self._batches.clear()
+        self._losses.clear()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradients' norms, and skip a step whose gradients are not finite.
 
         The gradients are summed over processes, so all of them skip together.
         """
-        parameters, norms = self.trainable(), {}
-        for group, names in self.groups.items():
-            gradients = [g for name in names if (g := parameters[name].grad) is not None]
-            # None where all references of the batch were dropped.
-            norms[group] = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
-        if not all(norm.isfinite() for norm in norms.values()):
-            self._skip_step(optimizer)
+        parameters = self.trainable()
+        self._norms = {
+            group: torch.nn.utils.get_total_norm([g for name in names if (g := parameters[name].grad) is not None])
+            for group, names in self.groups.items()
+        }
+        if not torch.stack(list(self._norms.values())).isfinite().all():
+            self._skip_step()
         elif (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            for group, norm in norms.items():
+            for group, norm in self._norms.items():
                 self.log(f"grad_norm/{group}", norm, batch_size=1)
-        self._losses.clear()
 
-    def _skip_step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad(set_to_none=True)  # what has no gradient does not move
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm over all groups. (Lightning's own refuses fused optimizers, for the sake of loss scaling.)"""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise InputError(f"trainer.gradient_clip_algorithm must be norm, got {gradient_clip_algorithm}")
+        if gradient_clip_val:
+            norm = torch.stack(list(self._norms.values())).norm()
+            nn.utils.clip_grads_with_norm_(self.trainable().values(), gradient_clip_val, norm)
+
+    def _skip_step(self) -> None:
+        self.zero_grad(set_to_none=True)  # what has no gradient does not move
         self.skipped_steps += 1
-        keys = [key for keys, loss in self._losses for key, one in zip(keys, loss, strict=True) if not one.isfinite()]
-        every = ", ".join(key for keys, _ in self._losses for key in keys)
-        samples = ", ".join(keys) or f"losses are finite here; the samples were {every}"
+        every = [key for batch in self._batches for key in batch.keys]
+        finite = torch.cat(self._losses).isfinite().tolist()
+        bad = [key for key, good in zip(every, finite, strict=True) if not good]
+        samples = ", ".join(bad) or f"losses are finite here; the samples were {', '.join(every)}"
         told = f"step {self.trainer.global_step}: gradients are not finite, the step is skipped: {samples}"
-        logging.getLogger("pig").warning(told)
+        log.warning(told)
         self.log("skipped_steps", float(self.skipped_steps), batch_size=1)
         if self.skipped_steps >= MAX_SKIPPED:
             raise InputError(

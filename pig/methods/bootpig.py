@@ -15,8 +15,8 @@ from pig.attention import Pooling
 from pig.data.images import Job
 from pig.data.schema import Batch
 from pig.errors import InputError
-from pig.methods.base import PersonalisationModule, Schedule, load_checkpoint
-from pig.models.backbone import TOYWORLD, WEIGHTS, encode_images, encode_text, load_backbone
+from pig.methods.base import OptimizerName, PersonalisationModule, Schedule, load_checkpoint
+from pig.models.backbone import TOYWORLD, WEIGHTS, encode_images, encode_text, latent_shape, load_backbone
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.bootpig import BootPIGPipeline, ReferenceCaption, reference_prompt
 
@@ -38,6 +38,8 @@ class BootPIG(PersonalisationModule):
         pooling, reference_key_scale: see `TwoUNet`.
         image_guidance, text_guidance: what the pipeline takes where none is named (section 4.1).
         gradient_checkpointing: less memory for about a third more time; same gradients.
+        compile: the UNets' repeated blocks by `torch.compile`: minutes at the start, for GPUs.
+        optimizer, micro_batch: see `PersonalisationModule`.
     """
 
     def __init__(
@@ -56,8 +58,11 @@ class BootPIG(PersonalisationModule):
         image_guidance: float = 5.0,
         text_guidance: float = 7.5,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        optimizer: OptimizerName = "adamw",
+        micro_batch: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, micro_batch)
         for name, value in (("reference_dropout", reference_dropout), ("caption_dropout", caption_dropout)):
             if not 0 <= value <= 1:
                 raise InputError(f"model.{name} is a probability, got {value}")
@@ -66,13 +71,16 @@ class BootPIG(PersonalisationModule):
         self.save_hyperparameters()
         backbone = load_backbone(base)
         self.vae, self.text_encoder = backbone.vae, backbone.text_encoder
-        self.backbone = backbone
+        self.backbone, self.alphas_cumprod = backbone, backbone.scheduler.alphas_cumprod
+        self._empty_text: Tensor | None = None
         self.net = TwoUNet(
             backbone.unet, copy.deepcopy(backbone.unet), pooling=pooling, reference_key_scale=reference_key_scale
         )
         self.net.train()  # `from_pretrained` leaves modules in eval mode
         if gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
+        if compile:
+            self.net.compile_blocks()
         self.reference_dropout, self.caption_dropout = reference_dropout, caption_dropout
         self.reference_timestep, self.reference_caption = reference_timestep, reference_caption
         groups = {
@@ -81,8 +89,8 @@ class BootPIG(PersonalisationModule):
         }
         self.train_only(groups, {"reference_unet": lr_reference, "rsa": lr_rsa}, schedule)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.training_loss(batch, *self.loss(batch, self.reference_dropout, self.caption_dropout))
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.loss(batch, self.reference_dropout, self.caption_dropout)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss on held-out triplets: same noise and timesteps at every validation, nothing dropped."""
@@ -98,34 +106,54 @@ class BootPIG(PersonalisationModule):
 
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
-        z_0 = encode_images(self.vae, batch.target).float()
-        z_ref_0 = self._encode_references(batch.reference).float()
-        noise, noise_ref, u = diffusion.draw(batch.seeds, z_0.shape, z_ref_0.shape)
-        noise, noise_ref, u = (drawn.to(self.device) for drawn in (noise, noise_ref, u))
-        alphas_cumprod = self.backbone.scheduler.alphas_cumprod
-        t = (u[:, 0] * len(alphas_cumprod)).long()
-        reference_dropped, caption_dropped = u[:, 1] < reference_dropout, u[:, 2] < caption_dropout
+        noise, noise_ref, u = diffusion.draw(
+            batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, batch.reference)
+        )
+        # Decided on the CPU, so that nothing waits for a GPU. A dropped reference costs nothing: U_phi runs for the
+        # kept ones, and for one at least, so that it has a gradient (which then is 0) in every process.
+        kept = (u[:, 1] >= reference_dropout).nonzero().squeeze(1)
+        read = kept if len(kept) else torch.zeros(1, dtype=torch.long)
+        noise, noise_ref, u, kept, read = (x.to(self.device) for x in (noise, noise_ref[read], u, kept, read))
+        t = (u[:, 0] * len(self.alphas_cumprod)).long()
+        t_ref = t[read] if self.reference_timestep is None else torch.full_like(read, self.reference_timestep)
 
-        alpha, sigma = diffusion.alpha_sigma(alphas_cumprod, t)
+        z_0, z_ref_0 = self._latents(batch.target, batch.reference[read])
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, t)
+        alpha_ref, sigma_ref = (s.unsqueeze(1) for s in diffusion.alpha_sigma(self.alphas_cumprod, t_ref))
         z_t = diffusion.add_noise(z_0, noise, alpha, sigma)
-        t_ref = t if self.reference_timestep is None else torch.full_like(t, self.reference_timestep)
-        alpha_ref, sigma_ref = (s.unsqueeze(1) for s in diffusion.alpha_sigma(alphas_cumprod, t_ref))
         z_ref_t = diffusion.add_noise(z_ref_0, noise_ref, alpha_ref, sigma_ref)
 
         dtype = self.net.base_unet.dtype
-        text = encode_text(self.backbone, batch.captions)
-        told = [reference_prompt(caption, self.reference_caption) for caption in batch.captions]
-        references = self.net.encode_reference(z_ref_t.to(dtype), t_ref, encode_text(self.backbone, told))
+        text, text_ref, empty = self._text(batch)
+        references = self.net.encode_reference(z_ref_t.to(dtype), t_ref, text_ref[read])
         # After U_phi has run: only the Base UNet's caption is emptied.
-        text = torch.where(caption_dropped.view(-1, 1, 1), encode_text(self.backbone, [""]), text)
-        predicted = self.net(z_t.to(dtype), t, text, references, dropped=reference_dropped)
+        text = torch.where((u[:, 2] < caption_dropout).view(-1, 1, 1), empty, text)
+        if not len(kept):
+            references = {name: f[:0] for name, f in references.items()}
+        predicted = self.net(z_t.to(dtype), t, text, references, kept=kept if reference_dropout else None)
 
         target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)
         return diffusion.loss_per_sample(predicted, target), t
 
-    def _encode_references(self, references: Tensor) -> Tensor:
-        """(B, K, 3, H, W) in [-1, 1] -> (B, K, 4, h, w)."""
-        return encode_images(self.vae, references.flatten(0, 1)).unflatten(0, references.shape[:2])
+    def _latents(self, target: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """z_0 and z_ref_0, (B, 4, h, w) and (B', K, 4, h, w), by one pass of the VAE where both come as pixels."""
+        pictures = (target, reference.flatten(0, 1))
+        if target.shape[1:] == reference.shape[2:]:
+            z_0, z_ref_0 = encode_images(self.vae, torch.cat(pictures)).float().split([len(one) for one in pictures])
+        else:
+            z_0, z_ref_0 = (encode_images(self.vae, one).float() for one in pictures)
+        return z_0, z_ref_0.unflatten(0, reference.shape[:2])
+
+    def _text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of the captions, of what U_phi is told, and of the empty caption; each text is encoded once."""
+        told = [reference_prompt(caption, self.reference_caption) for caption in batch.captions]
+        if self._empty_text is None or self._empty_text.device != self.device:
+            self._empty_text = encode_text(self.backbone, [""])
+        known = {} if batch.text is None else dict(zip(batch.captions, batch.text, strict=True))
+        if missing := [text for text in dict.fromkeys([*batch.captions, *told]) if text not in known]:
+            known.update(zip(missing, encode_text(self.backbone, missing), strict=True))
+        text, text_ref = (torch.stack([known[text] for text in texts]) for texts in (batch.captions, told))
+        return text, text_ref, self._empty_text
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> BootPIG:

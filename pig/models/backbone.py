@@ -176,9 +176,29 @@ def encode_text(backbone: Backbone, texts: Sequence[str]) -> Tensor:
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Latents (B, 4, H/8, W/8), scaled by `vae.config.scaling_factor`, of images (B, 3, H, W) in [-1, 1].
 
-    The mode of the posterior, not a draw: its spread is far below the noise of any training timestep.
+    The mode of the posterior, not a draw: its spread is far below the noise of any training timestep. Moments
+    (`image_moments`) are taken as well, in place of images.
     """
-    return vae.encode(images.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+    moments = images if are_moments(vae, images) else image_moments(vae, images)
+    return moments.chunk(2, dim=1)[0] * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def image_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Mean and log variance of the VAE's posterior, (B, 8, H/8, W/8), of images (B, 3, H, W) in [-1, 1]."""
+    return vae.encode(images.to(vae.dtype)).latent_dist.parameters
+
+
+def are_moments(vae: AutoencoderKL, pictures: Tensor) -> bool:
+    """Whether pictures (..., C, H, W) are moments of the posterior rather than pixels."""
+    return pictures.shape[-3] == 2 * vae.config.latent_channels
+
+
+def latent_shape(vae: AutoencoderKL, pictures: Tensor) -> tuple[int, ...]:
+    """The shape of the latents of pictures (..., C, H, W), pixels or moments."""
+    *batch, _, height, width = pictures.shape
+    scale = 1 if are_moments(vae, pictures) else vae_scale(vae)
+    return (*batch, vae.config.latent_channels, height // scale, width // scale)
 
 
 @torch.no_grad()
