@@ -3,6 +3,7 @@
 python -m data_gen CONFIG [key=value ...] [--dry-run]        the whole chain: captions, images, masks, shards
 python -m data_gen captions|images|masks|quality|shards CONFIG [FOLDER] [key=value ...]       one stage of it
 python -m data_gen inspect DIR [--out DIR]                   look at shards: contact sheet and statistics
+python -m data_gen encode SHARDS --base BASE --out DIR       run the frozen encoders over shards once
 python -m data_gen triplets|subjects|photos --help           draw toy triplets or subjects; pack photographs
 """
 
@@ -19,6 +20,7 @@ from data_gen.config import load_config
 from data_gen.errors import DiskFullError, WorkerDiedError
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
+from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError
 
 STAGES = ("captions", "images", "masks", "quality", "shards")
@@ -59,8 +61,47 @@ def photos(photos: Path, out: Path, object: str, size: int = 512) -> None:
     pack_photos(photos, out, object, size)
 
 
+def encode(
+    shards: list[str],
+    base: str,
+    out: Path,
+    resolution: int = 512,
+    variants: int = 0,
+    augmentation: ReferenceAugmentation | None = None,
+    half: bool = False,
+) -> None:
+    """Encode triplet shards by a base model's VAE and text encoder, for `fit` to read in their place.
+
+    Finished shards are kept; a stopped run goes on where it was.
+
+    Args:
+        shards: folders, globs or brace patterns.
+        base: the base model that will be trained on: a folder, a hub id, or `toyworld`.
+        out: folder for the encoded shards, of the same names.
+        resolution: side of the pictures in pixels; that of the training.
+        variants: augmented variants of each reference; 0 keeps the references, to be augmented afresh in training.
+        augmentation: of the variants; the training's.
+        half: float16 instead of float32: half the space.
+    """
+    from data_gen.encode import encode_shards
+
+    encode_shards(shards, base, out, resolution, variants, augmentation or ReferenceAugmentation(), half)
+
+
+def run_encode(arguments: list[str]) -> None:
+    parser = jsonargparse.ArgumentParser(prog="python -m data_gen encode", description=encode.__doc__)
+    parser.add_argument("shards", nargs="+", type=str, help="folders, globs or brace patterns")
+    parser.add_argument("--half", action="store_true", help="float16 instead of float32: half the space")
+    parser.add_function_arguments(encode, as_positional=False, skip={"shards", "half"})
+    chosen = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    encode(**chosen)
+
+
 def run(arguments: list[str]) -> None:
     command = arguments[0] if arguments else ""
+    if command == "encode":
+        run_encode(arguments[1:])
+        return
     if command in ("triplets", "subjects", "photos"):
         jsonargparse.auto_cli([triplets, subjects, photos], as_positional=False, prog="python -m data_gen")
         return

@@ -13,14 +13,17 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pig.data.encoded import EncodedTriplet, decode_encoded, how_encoded
 from pig.data.images import Job
 from pig.data.schema import Batch, Triplet
 from pig.data.shards import BadSampleError, Raw, Shard, decode_triplet, find_shards, read_shard
@@ -56,6 +59,9 @@ class TripletDataset(IterableDataset[Batch]):
     ) -> None:
         self.shards, self.batch_size, self.resolution = shards, batch_size, resolution
         self.augmentation, self.seed, self.shuffle_block = augmentation, seed, shuffle_block
+        self.encoded = how_encoded(shards)
+        if self.encoded:
+            self._check_encoded(self.encoded)
         self.max_bad_samples, self.bad = max_bad_samples, set[str]()
         self.epoch, self.first_batch = 0, 0
         self.layout = (world_size, drop_last)
@@ -69,6 +75,19 @@ class TripletDataset(IterableDataset[Batch]):
             raise InputError(
                 f"the shards hold {total} samples, less than one batch of {batch_size} for each of {world_size} "
                 "processes: lower data.batch_size or make more shards"
+            )
+
+    def _check_encoded(self, encoded: Mapping[str, Any]) -> None:
+        if encoded["resolution"] != self.resolution:
+            raise InputError(
+                f"the shards were encoded at {encoded['resolution']} px, data.resolution is {self.resolution}: set it "
+                "so, or encode the triplets again"
+            )
+        wanted = json.loads(json.dumps(asdict(self.augmentation)))
+        if encoded["variants"] and encoded["augmentation"] != wanted:
+            raise InputError(
+                f"the references were encoded augmented by {encoded['augmentation']}, data.augmentation is {wanted}: "
+                "set it so, or encode the triplets again"
             )
 
     def __len__(self) -> int:
@@ -103,7 +122,7 @@ class TripletDataset(IterableDataset[Batch]):
         while batch := list(itertools.islice(samples, self.batch_size)):
             yield self._collate(batch)
 
-    def _samples(self, anchor: int, begin: int, end: int) -> Iterator[tuple[Triplet, int]]:
+    def _samples(self, anchor: int, begin: int, end: int) -> Iterator[tuple[Triplet | EncodedTriplet, int]]:
         """(triplet, seed) for the positions from `begin` to `end`, in blocks counted from `anchor`."""
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.shards))
@@ -134,14 +153,14 @@ class TripletDataset(IterableDataset[Batch]):
             if not count:
                 return
 
-    def _first_good(self, raw: list[Raw | BadSampleError], order: np.ndarray) -> Triplet:
+    def _first_good(self, raw: list[Raw | BadSampleError], order: np.ndarray) -> Triplet | EncodedTriplet:
         """The first of the samples that is usable: a bad one is named, counted and replaced by its neighbour."""
         for index in order:
             sample = raw[index]
             try:
                 if isinstance(sample, BadSampleError):
                     raise sample
-                return decode_triplet(sample)
+                return decode_encoded(sample) if self.encoded else decode_triplet(sample)
             except BadSampleError as error:
                 if str(error) not in self.bad:
                     self.bad.add(str(error))
@@ -153,20 +172,30 @@ class TripletDataset(IterableDataset[Batch]):
                     ) from error
         raise InputError(f"none of {len(raw)} samples in a row is usable; the last: {max(self.bad, default='')}")
 
-    def _collate(self, samples: list[tuple[Triplet, int]]) -> Batch:
-        size = self.resolution
+    def _collate(self, samples: list[tuple[Triplet | EncodedTriplet, int]]) -> Batch:
         triplets, seeds = zip(*samples, strict=True)
-        references = [
-            self.augmentation(triplet.reference, size, np.random.default_rng(seed)) for triplet, seed in samples
-        ]
+        texts = [torch.from_numpy(triplet.text).float() for triplet in triplets if isinstance(triplet, EncodedTriplet)]
         return Batch(
-            target=torch.stack([to_tensor(target_picture(triplet.target, size)) for triplet in triplets]),
-            reference=torch.stack([to_tensor(picture) for picture in references])[:, None],
+            target=torch.stack([self._target(triplet) for triplet in triplets]),
+            reference=torch.stack([self._reference(triplet, seed) for triplet, seed in samples])[:, None],
+            text=torch.stack(texts) if texts else None,
+            encoded_by=self.encoded["base"] if self.encoded else None,
             captions=[triplet.caption for triplet in triplets],
             objects=[triplet.object for triplet in triplets],
             seeds=torch.tensor(seeds, dtype=torch.int64),
             keys=[triplet.key for triplet in triplets],
         )
+
+    def _target(self, triplet: Triplet | EncodedTriplet) -> Tensor:
+        if isinstance(triplet, EncodedTriplet):
+            return torch.from_numpy(triplet.target).float()
+        return to_tensor(target_picture(triplet.target, self.resolution))
+
+    def _reference(self, triplet: Triplet | EncodedTriplet, seed: int) -> Tensor:
+        rng = np.random.default_rng(seed)
+        if isinstance(triplet.reference, np.ndarray):  # N variants
+            return torch.from_numpy(triplet.reference[rng.integers(len(triplet.reference))]).float()
+        return to_tensor(self.augmentation(triplet.reference, self.resolution, rng))
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -270,7 +299,7 @@ class TripletDataModule(LightningDataModule):
                     first = next(iter(read_shard(shard)))
                     if isinstance(first, BadSampleError):
                         raise first
-                    decode_triplet(first)
+                    decode_encoded(first) if shard.stats.encoded else decode_triplet(first)
                 except BadSampleError as error:
                     errors.append(str(error))
             if len(errors) == len(found[:8]):

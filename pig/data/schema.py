@@ -2,7 +2,8 @@
 
 **Triplet shard** (a webdataset tar, `train-000000.tar`): `KEY.target.jpg` (or png, webp; RGB), `KEY.reference.png`
 (RGBA, the object cut out, straight alpha) and `KEY.json` (`caption`, `object`: the object phrase, `seed`, names of the
-models, scores). Beside it `train-000000_stats.json`, written last: without it the shard does not exist.
+models, scores). Beside it `train-000000_stats.json`, written last: without it the shard does not exist. Encoded shards
+(`pig.data.encoded`) hold what the frozen encoders make of the triplets instead.
 
 **Generated images**: `SUBJECT/PROMPT_INDEX/SEED.png` and `manifest.jsonl`, a line per image.
 """
@@ -39,7 +40,7 @@ class Batch:
 
     target: (B, 3, H, W) in [-1, 1]. reference: (B, K, 3, H, W) in [-1, 1], the augmented object on white. From encoded
     shards (`python -m data_gen encode`) either may be the VAE's moments instead, (..., 8, H/8, W/8).
-    text: (B, L, D), the captions' embeddings, from encoded shards only.
+    text: (B, L, D), the captions' embeddings, and encoded_by: the base model's digest, from encoded shards only.
     seeds: (B,) int64, every random draw made for a sample follows from its seed, so that neither the batch's
     composition nor the number of processes changes what is learnt, and a resumed run draws what it would have drawn.
     """
@@ -51,13 +52,16 @@ class Batch:
     seeds: Tensor
     keys: list[str]
     text: Tensor | None = None
+    encoded_by: str | None = None
 
     def split(self, size: int) -> list[Batch]:
         """Parts of at most `size` samples."""
         columns: dict[str, Any] = vars(self)
         parts = []
         for at in range(0, len(self.keys), size):
-            part: dict[str, Any] = {name: None if of is None else of[at : at + size] for name, of in columns.items()}
+            part: dict[str, Any] = {
+                name: of if of is None or isinstance(of, str) else of[at : at + size] for name, of in columns.items()
+            }
             parts.append(Batch(**part))
         return parts
 

@@ -28,12 +28,14 @@ class BadSampleError(Exception):
 
 @dataclass(frozen=True)
 class ShardStats:
-    """`train-000000_stats.json`. count: samples in the tar; bytes, sha256: of the tar; rejected: reason -> count."""
+    """`train-000000_stats.json`. count: samples in the tar; bytes, sha256: of the tar; rejected: reason -> count;
+    encoded: how, if it was (`pig.data.encoded`)."""
 
     count: int
     bytes: int
     sha256: str
     rejected: Mapping[str, int] = field(default_factory=dict)
+    encoded: Mapping[str, Any] | None = None
 
 
 def rejections(stats: Iterable[ShardStats]) -> Counter[str]:
@@ -77,22 +79,34 @@ def sha256_of(file: Path) -> str:
 
 
 def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] | None = None) -> ShardStats:
-    """Write a shard aside, move it into place, and write its stats last. The same triplets give the same bytes.
+    """Write triplets as a shard. The same triplets give the same bytes."""
+    return write_samples(tar, (triplet_members(triplet) for triplet in triplets), rejected)
 
-    `rejected` is read after the last triplet was taken, so that a generator may count as it goes.
+
+def write_samples(
+    tar: Path,
+    samples: Iterable[dict[str, Any]],
+    rejected: Counter[str] | None = None,
+    encoded: Mapping[str, Any] | None = None,
+) -> ShardStats:
+    """Write a shard aside, move it into place, and write its stats last.
+
+    `rejected` is read after the last sample was taken, so that a generator may count as it goes.
     """
     tar.parent.mkdir(parents=True, exist_ok=True)
     Path(stats_path(str(tar))).unlink(missing_ok=True)
     aside = tar.with_suffix(".tar.part")
     count = 0
     with wds.TarWriter(str(aside), mtime=0, user="pig", group="pig") as writer:
-        for triplet in triplets:
-            writer.write(triplet_members(triplet))
+        for sample in samples:
+            writer.write(sample)
             count += 1
-    stats = ShardStats(count, aside.stat().st_size, sha256_of(aside), dict(sorted((rejected or {}).items())))
+    reasons = dict(sorted((rejected or {}).items()))
+    stats = ShardStats(count, aside.stat().st_size, sha256_of(aside), reasons, encoded)
     aside.rename(tar)
     part = Path(stats_path(str(tar)) + ".part")
-    part.write_text(json.dumps(asdict(stats), indent=1))
+    written = {name: value for name, value in asdict(stats).items() if value is not None}
+    part.write_text(json.dumps(written, indent=1))
     part.rename(stats_path(str(tar)))
     return stats
 
@@ -165,14 +179,29 @@ def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
 
 def decode_triplet(raw: Raw) -> Triplet:
     """Decode a sample; raises BadSampleError that names the sample and what is wrong with it."""
-    key = str(raw.get("__key__", "?"))
-    name = f"{raw.get('__url__', '')}, sample {key}"
     target = next((extension for extension in TARGETS if extension in raw), None)
     if target is None:
-        raise BadSampleError(f"{name}: lacks member {TARGETS[0]} (or png, webp)")
-    for extension in (REFERENCE, METADATA):
-        if extension not in raw:
-            raise BadSampleError(f"{name}: lacks member {extension}")
+        raise BadSampleError(f"{sample_name(raw)}: lacks member {TARGETS[0]} (or png, webp)")
+    metadata = decode_metadata(raw)
+    return Triplet(
+        key=str(raw["__key__"]),
+        target=decode_picture(raw, target, "RGB"),
+        reference=decode_picture(raw, REFERENCE, "RGBA"),
+        caption=metadata.pop("caption"),
+        object=metadata.pop("object"),
+        metadata=metadata,
+    )
+
+
+def sample_name(raw: Raw) -> str:
+    return f"{raw.get('__url__', '')}, sample {raw.get('__key__', '?')}"
+
+
+def decode_metadata(raw: Raw) -> dict[str, Any]:
+    """The sample's JSON, with `caption` and `object` at least."""
+    name = sample_name(raw)
+    if METADATA not in raw:
+        raise BadSampleError(f"{name}: lacks member {METADATA}")
     try:
         metadata = json.loads(raw[METADATA])
     except ValueError as error:
@@ -180,18 +209,14 @@ def decode_triplet(raw: Raw) -> Triplet:
     for entry in ("caption", "object"):
         if not isinstance(metadata, dict) or not (isinstance(metadata.get(entry), str) and metadata[entry].strip()):
             raise BadSampleError(f"{name}: {METADATA} has no {entry}")
-    return Triplet(
-        key=key,
-        target=_decoded(raw[target], "RGB", f"{name}: {target}"),
-        reference=_decoded(raw[REFERENCE], "RGBA", f"{name}: {REFERENCE}"),
-        caption=metadata.pop("caption"),
-        object=metadata.pop("object"),
-        metadata=metadata,
-    )
+    return metadata
 
 
-def _decoded(content: bytes, mode: str, name: str) -> Image.Image:
+def decode_picture(raw: Raw, member: str, mode: str) -> Image.Image:
+    name = sample_name(raw)
+    if member not in raw:
+        raise BadSampleError(f"{name}: lacks member {member}")
     try:
-        return Image.open(io.BytesIO(content)).convert(mode)
+        return Image.open(io.BytesIO(raw[member])).convert(mode)
     except UNDECODABLE as error:
-        raise BadSampleError(f"{name} does not decode ({error})") from error
+        raise BadSampleError(f"{name}: {member} does not decode ({error})") from error

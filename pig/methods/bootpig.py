@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +17,15 @@ from pig.data.images import Job
 from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.methods.base import OptimizerName, PersonalisationModule, Schedule, load_checkpoint
-from pig.models.backbone import TOYWORLD, WEIGHTS, encode_images, encode_text, latent_shape, load_backbone
+from pig.models.backbone import (
+    TOYWORLD,
+    WEIGHTS,
+    encode_images,
+    encode_text,
+    encoders_digest,
+    latent_shape,
+    load_backbone,
+)
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.bootpig import BootPIGPipeline, ReferenceCaption, reference_prompt
 
@@ -69,7 +78,7 @@ class BootPIG(PersonalisationModule):
         if reference_timestep is not None and not 0 <= reference_timestep < 1000:
             raise InputError(f"model.reference_timestep must be in [0, 1000), got {reference_timestep}")
         self.save_hyperparameters()
-        backbone = load_backbone(base)
+        self.base, backbone = base, load_backbone(base)
         self.vae, self.text_encoder = backbone.vae, backbone.text_encoder
         self.backbone, self.alphas_cumprod = backbone, backbone.scheduler.alphas_cumprod
         self._empty_text: Tensor | None = None
@@ -89,6 +98,14 @@ class BootPIG(PersonalisationModule):
         }
         self.train_only(groups, {"reference_unet": lr_reference, "rsa": lr_rsa}, schedule)
 
+    @cached_property
+    def encoders_digest(self) -> str:
+        return encoders_digest(self.backbone)
+
+    def setup(self, stage: str) -> None:
+        _ = self.encoders_digest  # of the weights as loaded, before any is rounded
+        super().setup(stage)
+
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.loss(batch, self.reference_dropout, self.caption_dropout)
 
@@ -106,6 +123,11 @@ class BootPIG(PersonalisationModule):
 
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
+        if batch.encoded_by is not None and batch.encoded_by != self.encoders_digest:
+            raise InputError(
+                f"these shards were encoded by another base model ({batch.encoded_by[:12]}) than {self.base!r} "
+                f"({self.encoders_digest[:12]}): train on that one, or encode the triplets again"
+            )
         noise, noise_ref, u = diffusion.draw(
             batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, batch.reference)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,24 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def encoders_digest(backbone: Backbone) -> str:
+    """Changes with any weight of VAE or text encoder, and with the tokenizer: with what encoded shards depend on."""
+    found = hashlib.sha256(str(sorted(backbone.tokenizer.get_vocab().items())).encode())
+    found.update(str(backbone.tokenizer.model_max_length).encode())
+    for module in (backbone.vae.encoder, backbone.vae.quant_conv, backbone.text_encoder):
+        found.update(weights_digest(module).encode())
+    return found.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of all parameters and buffers with their names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as tv
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from pig.errors import InputError
-from pig.models.backbone import resolve, tokenize
+from pig.models.backbone import resolve, tokenize, weights_digest
 
 OPEN_CLIP, TIMM = "open_clip:", "timm:"
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
@@ -259,15 +259,6 @@ def identity_of(model: nn.Module, network: str, preprocessing: Any, words: Any =
         "preprocessing": preprocessing,
     }
     return found if words is None else {**found, "words": hashlib.sha256(repr(words).encode()).hexdigest()}
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 of all parameters and buffers with their names."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def demand_quick_gelu(identity: dict[str, Any], name: str, remedy: str) -> None:
