@@ -22,19 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from segment_anything import sam_model_registry
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.random_weights import random_base
 from data_gen.captions import grammar_captions
 from data_gen.config import DatagenConfig, load_config
 from data_gen.images import Painter
 from data_gen.masks import make_segmenter
 from data_gen.samples import Sample, batches
-from pig.models.backbone import WEIGHTS
 from pig.models.encoders import load_clip
 from pig.models.segmenters import encode
 
@@ -50,27 +48,6 @@ def samples(config: DatagenConfig, count: int) -> list[Sample]:
     return [Sample(f"{i}", row.caption, row.object, i) for i, row in enumerate(rows)]
 
 
-def random_sd21() -> StableDiffusionPipeline:
-    """Stable Diffusion 2.1-base's architecture, random weights; the toy world's words, padded to its 77."""
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        cross_attention_dim=1024,
-        attention_head_dim=(5, 10, 20, 20),
-        use_linear_projection=True,
-        block_out_channels=(320, 640, 1280, 1280),
-    )
-    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **four)
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base/tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
-    )
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet, UniPCMultistepScheduler(prediction_type="epsilon"), **parts
-    )
-
-
 def images_work(config: DatagenConfig, ours: bool) -> Work:
     if not GPU:
         painter = Painter(config.images, "cpu")
@@ -78,7 +55,7 @@ def images_work(config: DatagenConfig, ours: bool) -> Work:
         dtype = torch.bfloat16 if ours else torch.float32
         painter = Painter.__new__(Painter)
         painter.config = replace(config.images, size=512, steps=25, guidance=7.5)
-        painter.pipeline = random_sd21().to("cuda", dtype)
+        painter.pipeline = random_base("sd21").to("cuda", dtype)
         painter.pipeline.set_progress_bar_config(disable=True)
         if ours:
             painter.pipeline.unet.compile_repeated_blocks()

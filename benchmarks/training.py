@@ -1,10 +1,12 @@
-"""What a training sample costs: Algorithm 1 written plainly with diffusers, and ours: `make bench-training`.
+"""What a training sample costs: Algorithm 1 written plainly with diffusers, ours, and ours on encoded shards.
 
-    python -m benchmarks.training [--batch 8] [--steps 5] [--out runs/bench/training.json]
+    python -m benchmarks.training [--size toy|sd21|tiny] [--batch 32] [--steps 5] [--precision bf16-mixed|32-true]
+        [--out runs/bench/training.json]
 
-The toy model, float32, encoders online in both; FLOPs by torch's counter, the machine's peak by a large product. The
-plain way encodes the caption once for each UNet, runs the Reference UNet to its end, gives samples whose references
-are dropped a Base pass of their own, and reads the loss at every step.
+The same precision in all rows. `toy`: the toy model at 64 px; `sd21`: Stable Diffusion 2.1's true configuration at 512
+px with random weights, for GPUs; `tiny`: the same code at tiny width. FLOPs by torch's counter, the machine's peak by a
+large product. The plain way encodes the caption once for each UNet, runs the Reference UNet to its end, gives samples
+whose references are dropped a Base pass of their own, and reads the loss at every step.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,16 +30,23 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.random_weights import random_base
 from benchmarks.sampling import flops_of, machine
+from data_gen.encode import encode_shards
 from data_gen.toyworld import draw_triplets
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
+from pig.data.transforms import ReferenceAugmentation
 from pig.diffusion import draw
+from pig.methods.base import PRECISIONS, lay_out
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import load_backbone, tokenize
 from pig.models.two_unet import TwoUNet
 
-WAYS = ("naive", "ours")
+WAYS = ("naive", "ours", "ours+precomputed")
+SIZES = {"toy": 64, "sd21": 512, "tiny": 64}  # resolution
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COMPILED = DEVICE.type == "cuda"  # on CPUs it gains nothing
 RATES = {"reference_unet": 5e-4, "rsa": 5e-4}  # of configs/bootpig/toyworld.yaml
 console = Console(soft_wrap=True)
 
@@ -84,7 +94,7 @@ class Naive(nn.Module):
 
     @torch.no_grad()
     def _text(self, captions: list[str]) -> Tensor:
-        return self.text_encoder(tokenize(self.tokenizer, captions))[0]
+        return self.text_encoder(tokenize(self.tokenizer, captions).to(DEVICE))[0]
 
     @torch.no_grad()
     def _latents(self, pictures: Tensor) -> Tensor:
@@ -93,20 +103,20 @@ class Naive(nn.Module):
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> Tensor:
         """The mean over the batch, one reference each."""
         z, z_ref = self._latents(batch.target), self._latents(batch.reference[:, 0])
-        noise, noise_ref, u = draw(batch.seeds, z.shape, z_ref[:, None].shape)
+        noise, noise_ref, u = (drawn.to(DEVICE) for drawn in draw(batch.seeds, z.shape, z_ref[:, None].shape))
         t = (u[:, 0] * self.scheduler.config.num_train_timesteps).long()
         self.collected.clear()
         self.features = None
         self.reference_unet(self.scheduler.add_noise(z_ref, noise_ref[:, 0], t), t, self._text(batch.captions))
         captions = ["" if one < caption_dropout else text for one, text in zip(u[:, 2], batch.captions, strict=True)]
         text, z_t = self._text(captions), self.scheduler.add_noise(z, noise, t)
-        dropped, predicted = u[:, 1] < reference_dropout, torch.zeros_like(z)
+        dropped, predicted = u[:, 1] < reference_dropout, torch.zeros_like(noise)
         if dropped.any():
             self.features = None
-            predicted[dropped] = self.base_unet(z_t[dropped], t[dropped], text[dropped]).sample
+            predicted[dropped] = self.base_unet(z_t[dropped], t[dropped], text[dropped]).sample.float()
         if not dropped.all():
             self.features = {name: f[~dropped] for name, f in self.collected.items()}
-            predicted[~dropped] = self.base_unet(z_t[~dropped], t[~dropped], text[~dropped]).sample
+            predicted[~dropped] = self.base_unet(z_t[~dropped], t[~dropped], text[~dropped]).sample.float()
         if self.scheduler.config.prediction_type == "v_prediction":
             return F.mse_loss(predicted, self.scheduler.get_velocity(z, noise, t))
         return F.mse_loss(predicted, noise)
@@ -126,70 +136,197 @@ class Naive(nn.Module):
 class Ours:
     """`BootPIG` as Lightning drives it, without Lightning: one step of its loss, its optimizer and clipping."""
 
-    def __init__(self, base: str) -> None:
-        self.module = BootPIG(base, lr_reference=RATES["reference_unet"], lr_rsa=RATES["rsa"])
+    def __init__(self, base: str, precision: str = "32-true", **settings: Any) -> None:
+        self.module = BootPIG(base, lr_reference=RATES["reference_unet"], lr_rsa=RATES["rsa"], **settings).to(DEVICE)
+        _ = self.module.encoders_digest
+        lay_out(self.module, precision, DEVICE)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self.module.configure_optimizers()
 
+    def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> Tensor:
+        return self.module.loss(batch, reference_dropout, caption_dropout)[0].mean()
+
     def step(self, optimizer: torch.optim.Optimizer, batch: Batch, dropout: float = 0.15) -> Tensor:
-        optimizer.zero_grad()
-        loss = self.module.loss(batch, dropout, dropout)[0].mean()
-        loss.backward()
+        size, parts = len(batch.keys), batch.split(self.module.micro_batch or len(batch.keys))
+        losses = []
+        for part in parts:
+            loss = self.loss(part, dropout, dropout) * (len(part.keys) / size)
+            loss.backward()
+            losses.append(loss.detach())
         nn.utils.clip_grad_norm_(list(self.module.trainable().values()), 1.0)
         optimizer.step()
-        return loss.detach()
+        optimizer.zero_grad()
+        return torch.stack(losses).sum()
 
 
-def measure(way: str, batches: list[Batch]) -> dict[str, Any]:
-    """Median seconds of a step after one that warms up, FLOPs of one, and what the process took at most."""
-    trained: Naive | Ours = Naive("toyworld") if way == "naive" else Ours("toyworld")
-    optimizer, size, seconds = trained.optimizer(), len(batches[0].seeds), []
-    flops = flops_of(lambda: trained.step(optimizer, batches[0]))
-    for batch in batches:
-        began = time.perf_counter()
-        trained.step(optimizer, batch)
-        seconds.append(time.perf_counter() - began)
-    found = {"way": way, "batch": size, "samples_per_second": size / median(seconds)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**found, "flops_per_sample": flops / size, "peak_memory_bytes": peak}
+def autocast(precision: str) -> Any:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def in_own_process(way: str, batches: list[Batch]) -> dict[str, Any]:
+class Stages:
+    """Seconds of each part of a step, by hooks. (On a GPU the hooks wait, so the sum is more than a step.)"""
+
+    def __init__(self, trained: Naive | Ours) -> None:
+        self.seconds: dict[str, float] = {}
+        module = trained.module if isinstance(trained, Ours) else trained
+        net = trained.module.net if isinstance(trained, Ours) else trained
+        parts = {"VAE": module.vae.encoder, "text": module.text_encoder}
+        for name, part in (parts | {"Reference UNet": net.reference_unet, "Base UNet": net.base_unet}).items():
+            part.register_forward_pre_hook(lambda *_, name=name: self.start(name))
+            part.register_forward_hook(lambda *_, name=name: self.stop(name), always_call=True)
+
+    def start(self, name: str) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) - now()
+
+    def stop(self, name: str) -> None:
+        self.seconds[name] += now()
+
+
+def now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def load(shards: Path, chosen: argparse.Namespace) -> tuple[list[Batch], float]:
+    """Batches as training gets them, and one process's seconds for each."""
+    data = TripletDataModule(str(shards), batch_size=chosen.batch, resolution=SIZES[chosen.size], num_workers=0)
+    loader, began = iter(data.train_dataloader()), time.perf_counter()
+    batches = [next(loader) for _ in range(chosen.steps)]
+    return batches, (time.perf_counter() - began) / chosen.steps
+
+
+def on_device(batches: list[Batch]) -> list[Batch]:
+    for one in batches:
+        for name in ("target", "reference", "text"):
+            if (tensor := getattr(one, name)) is not None:
+                setattr(one, name, tensor.to(DEVICE))
+    return batches
+
+
+def make(way: str, base: str, precision: str) -> Naive | Ours:
+    return Naive(base).to(DEVICE) if way == "naive" else Ours(base, precision, compile=COMPILED)
+
+
+def measure_speed(base: str, batches: dict[str, list[Batch]], precision: str) -> dict[str, float]:
+    """Median seconds of a step of each way. They take turns, so that what else the machine does strikes all alike."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    trained = {way: make(way, base, precision) for way in WAYS[:2]}
+    trained["ours+precomputed"] = trained["ours"]
+    optimizers = {way: trained[way].optimizer() for way in WAYS[:2]}
+    optimizers["ours+precomputed"] = optimizers["ours"]
+    batches = {way: on_device(of) for way, of in batches.items()}
+    with autocast(precision):
+        for turn in (0, *range(len(batches["ours"]))):  # the first warms up
+            for way in WAYS:
+                began = now()
+                trained[way].step(optimizers[way], batches[way][turn])
+                seconds[way].append(now() - began)
+    return {way: median(taken[1:]) for way, taken in seconds.items()}
+
+
+def measure(way: str, base: str, batches: list[Batch], precision: str) -> dict[str, Any]:
+    """FLOPs of a step, its stages, and the most memory it took."""
+    before = memory()
+    trained = make(way, base, precision)
+    batches, batch, steps = on_device(batches), len(batches[0].keys), len(batches)
+    optimizer = trained.optimizer()
+    step = partial(trained.step, optimizer)
+    with autocast(precision):
+        step(batches[0])
+        step(batches[-1])
+        most = memory() - before
+        flops = [flops_of(partial(step, one)) for one in batches]
+        stages = Stages(trained)
+        for one in batches:
+            began = now()
+            loss = trained.loss(one, 0.15, 0.15)
+            after = now()
+            loss.backward()
+            between = now()
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, took in (("backward", between - after), ("optimizer", now() - between), ("step", after - began)):
+                stages.seconds[name] = stages.seconds.get(name, 0.0) + took
+    forward = stages.seconds.pop("step")
+    inside = sum(taken for name, taken in stages.seconds.items() if name not in ("backward", "optimizer"))
+    found = {name: taken / steps / batch for name, taken in stages.seconds.items()}
+    return {
+        "way": way,
+        "batch": batch,
+        "flops_per_sample": sum(flops) / len(flops) / batch,
+        "peak_memory_bytes": most,
+        "seconds_per_sample": {**found, "rest": (forward - inside) / steps / batch},
+    }
+
+
+def memory() -> int:
+    """The most that was taken so far, in bytes: by the device, or by this process."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """So that one way's memory is not the other's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (way, batches))
+        return pool.apply(work, arguments)
 
 
-def measured_peak(size: int = 2048, times: int = 4) -> float:
-    """FLOP/s of a large float32 product on this machine."""
-    a = torch.randn(size, size)
+def measured_peak(precision: str) -> float:
+    """FLOP/s of a large product on this machine."""
+    size, times = (8192, 20) if DEVICE.type == "cuda" else (2048, 8)
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    a = torch.randn(size, size, device=DEVICE, dtype=dtype)
     a @ a
-    began = time.perf_counter()
+    began = now()
     for _ in range(times):
         a @ a
-    return 2 * size**3 * times / (time.perf_counter() - began)
+    return 2 * size**3 * times / (now() - began)
+
+
+def prepare(size: str, folder: Path, count: int) -> tuple[str, Path, Path]:
+    """The base model, and triplets of it, plain and encoded with one variant of each reference."""
+    base, resolution = "toyworld", SIZES[size]
+    if size != "toy":
+        base = str(folder / f"base_{size}")
+        if not (folder / f"base_{size}/model_index.json").exists():
+            random_base(size).save_pretrained(base)
+    shards, encoded = folder / f"triplets_{size}", folder / f"encoded_{size}"
+    draw_triplets(shards, count, resolution, per_shard=count)
+    encode_shards([str(shards)], base, encoded, resolution, 1, ReferenceAugmentation(), half=False)
+    return base, shards, encoded
+
+
+def machine_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", choices=SIZES, default="toy")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/training.json"))
     chosen = parser.parse_args()
-    shards = chosen.out.parent / "triplets"
-    draw_triplets(shards, chosen.batch * chosen.steps, 64)
-    data = TripletDataModule(str(shards), batch_size=chosen.batch, resolution=64, num_workers=0)
-    batches = [batch for batch, _ in zip(data.train_dataloader(), range(chosen.steps), strict=False)]
-    peak = measured_peak()
-    rows = [in_own_process(way, batches) for way in WAYS]
+    base, shards, encoded = prepare(chosen.size, chosen.out.parent, chosen.batch * chosen.steps)
+    peak = measured_peak(chosen.precision)
+    loaded = {way: load(encoded if way == "ours+precomputed" else shards, chosen) for way in WAYS}
+    batches = {way: of for way, (of, _) in loaded.items()}
+    seconds = in_own_process(measure_speed, base, batches, chosen.precision)
+    rows = [in_own_process(measure, way, base, batches[way], chosen.precision) for way in WAYS]
     for row in rows:
+        loading = loaded[row["way"]][1]
+        row["samples_per_second"] = chosen.batch / (seconds[row["way"]] + loading)
+        row["seconds_per_sample"]["loader"] = loading / chosen.batch
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    table = Table(title=f"{machine()}, toy model, float32; peak {peak / 1e9:.0f} GFLOP/s")
-    for name in ("way", "batch", "samples/s", "against naive", "GFLOP/sample", "of peak", "memory"):
-        table.add_column(name, justify="right")
+        row["precision"] = chosen.precision
+    chosen.out.write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
+    title = f"{machine_name()}, {chosen.size}, {chosen.precision}; peak {peak / 1e9:.0f} GFLOP/s"
+    columns = ("way", "batch", "samples/s", "against naive", "GFLOP/sample", "of peak", "memory")
+    table = Table(*columns, title=title)
     for row in rows:
         table.add_row(
             row["way"],
@@ -200,6 +337,12 @@ def main() -> None:
             f"{row['share_of_peak']:.0%}",
             f"{row['peak_memory_bytes'] / 2**20:.0f} MB",
         )
+    console.print(table)
+    stages = ["loader", "VAE", "text", "Reference UNet", "Base UNet", "backward", "optimizer", "rest"]
+    table = Table("ms per sample", *stages, title="by stage")
+    for row in rows:
+        taken = row["seconds_per_sample"]
+        table.add_row(row["way"], *(f"{1000 * taken.get(name, 0.0):.2f}" for name in stages))
     console.print(table)
     console.print(f"  {chosen.out}", highlight=False)
 

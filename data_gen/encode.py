@@ -132,7 +132,9 @@ def encode_shards(
     missing = [shard for shard in found if not is_done(tar_of(shard, out), shard, encoder.identity)]
     count = sum(shard.stats.count for shard in missing)
     size = count * encoder.bytes_per_sample() / 1e6
-    print(f"{len(found) - len(missing)} of {len(found)} shards are encoded; {count} samples to go, about {size:,.0f} MB")
+    print(
+        f"{len(found) - len(missing)} of {len(found)} shards are encoded; {count} samples to go, about {size:,.0f} MB"
+    )
     began, done = time.perf_counter(), 0
     with tqdm(total=count, unit="sample") as bar:
         for shard in missing:

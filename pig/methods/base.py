@@ -23,6 +23,7 @@ from pig.errors import InputError, check_named
 log = logging.getLogger("pig")
 Schedule = Literal["constant", "cosine"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_sharded"]
+PRECISIONS = ("bf16-mixed", "32-true")  # no loss scaling, so that gradients say at once whether they are finite
 MAX_SKIPPED = 20  # steps of a run whose gradients are not finite
 
 
@@ -56,13 +57,20 @@ def adamw(name: OptimizerName, groups: list[dict[str, Any]]) -> torch.optim.Opti
     return AdamW8bit(groups, **settings)
 
 
-def round_frozen(module: nn.Module) -> None:
-    """Keep the frozen weights of products in bf16, as autocast would round them at each use; norms stay float32."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            for parameter in layer.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.bfloat16()
+def lay_out(module: nn.Module, precision: str, device: torch.device) -> None:
+    """Arrange the weights for training on `device`; what is computed stays the same.
+
+    Under bf16-mixed, the frozen weights of products are kept in bf16, as autocast would round them at each use (norms
+    stay float32). Convolutions want channels_last, but in bf16 on CPUs, which are slower with it.
+    """
+    if precision == "bf16-mixed":
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                for parameter in layer.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.bfloat16()
+    if device.type == "cuda" or precision == "32-true":
+        module.to(memory_format=torch.channels_last)
 
 
 class PersonalisationModule(LightningModule):
@@ -177,16 +185,12 @@ class PersonalisationModule(LightningModule):
                 self.log(f"{prefix}/loss_t{250 * quarter:03d}", (loss * inside).sum() / inside.sum(), batch_size=size)
 
     def setup(self, stage: str) -> None:
-        """Lay out the weights for the training's precision and device; what is computed stays the same."""
-        if stage != "fit":
-            return
-        cuda = self.trainer.strategy.root_device.type == "cuda"
-        if self.trainer.precision == "16-mixed":
-            raise InputError("trainer.precision=16-mixed is not supported: use bf16-mixed, which needs no loss scaling")
-        if self.trainer.precision == "bf16-mixed":
-            round_frozen(self)
-        if cuda or self.trainer.precision == "32-true":
-            self.to(memory_format=torch.channels_last)  # what convolutions want; in bf16 CPUs are slower with it
+        if stage == "fit":
+            if self.trainer.precision not in PRECISIONS:
+                raise InputError(
+                    f"trainer.precision={self.trainer.precision} is not supported: use {' or '.join(PRECISIONS)}"
+                )
+            lay_out(self, self.trainer.precision, self.trainer.strategy.root_device)
 
     def on_train_start(self) -> None:
         self._samples, self._since = 0, time.perf_counter()

@@ -1,0 +1,40 @@
+"""Stable Diffusion's architecture with random weights: for speed and memory, which weights do not change."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pig.models.backbone import WEIGHTS
+
+# Stable Diffusion 2.1-base's configuration (its unet/, vae/ and text_encoder/config.json), and the same in miniature.
+SD21: dict[str, Any] = {
+    "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20)},
+    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512},
+    "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+}
+TINY: dict[str, Any] = {
+    "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": (1, 1, 2, 2)},
+    "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 64},
+    "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+
+
+def random_base(size: Literal["sd21", "tiny"]) -> StableDiffusionPipeline:
+    """All parts, ready for `save_pretrained`. The words are the toy world's, padded to Stable Diffusion's 77."""
+    config = SD21 if size == "sd21" else TINY
+    unet = UNet2DConditionModel(
+        sample_size=config["vae"]["sample_size"] // 8,
+        cross_attention_dim=config["text"]["hidden_size"],
+        use_linear_projection=True,
+        **config["unet"],
+    )
+    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**config["vae"], **four)
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base/tokenizer", model_max_length=77)
+    text = CLIPTextModel(CLIPTextConfig(**config["text"], vocab_size=len(tokenizer), hidden_act="gelu"))
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = UniPCMultistepScheduler(prediction_type="epsilon")
+    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, **parts)
