@@ -108,8 +108,8 @@ def pool_references(o: Tensor, o_i: Tensor, pooling: Pooling) -> Tensor:
 
 def slow_backward(x: Tensor) -> bool:
     """On CPUs the bf16 backward pass of scaled_dot_product_attention takes twice as long as plain products."""
-    half = x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    return half and x.device.type == "cpu" and torch.is_grad_enabled()
+    half = torch.is_autocast_enabled("cpu") or (x.dtype is torch.bfloat16 and x.device.type == "cpu")
+    return half and x.device.type in ("cpu", "meta") and torch.is_grad_enabled()
 
 
 def _heads(attn: Attention, x: Tensor) -> Tensor:
@@ -119,7 +119,11 @@ def _heads(attn: Attention, x: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all (B, H, N, d)."""
     if slow_backward(q):
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+        # A few samples at a time: what fits into no cache costs twice the time.
+        size = max(1, 2**22 // (q.shape[1] * q.shape[2] * k.shape[2]))
+        parts = zip(q.split(size), k.split(size), v.split(size), strict=True)
+        o = [((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v for q, k, v in parts]
+        return torch.cat(o) if len(o) > 1 else o[0]
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -36,6 +36,7 @@ from pig.evaluation.benchmark import evaluate
 from pig.evaluation.compare import compare
 from pig.evaluation.study import study
 from pig.generate import generate
+from pig.memory import print_memory
 from pig.methods.base import PersonalisationModule, load_checkpoint
 from pig.methods.bootpig import BootPIG
 
@@ -59,6 +60,11 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
+        parser.add_argument("--print_memory", action="store_true", help="first say what the training takes of memory")
+
+    def before_fit(self) -> None:
+        if self.config["fit"].get("print_memory"):
+            print_memory(self.model, self.datamodule, self.trainer)
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint before any work. Lightning would lay its settings over those of config and command."""
@@ -92,7 +98,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def run(args: list[str]) -> Any:
     if not args or args[0] not in COMMANDS:
-        return CLI()
+        return CLI([re.sub("^--print-memory", "--print_memory", word) for word in args])
     command = COMMANDS[args[0]]
     parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=command.__doc__)
     parser.add_argument("--config", action="config", help="a YAML file with any of these arguments")

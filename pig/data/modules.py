@@ -287,6 +287,10 @@ class TripletDataModule(LightningDataModule):
         self.augmentation = augmentation or ReferenceAugmentation()
         self.seed, self.shuffle_block, self.max_bad_samples = seed, shuffle_block, max_bad_samples
 
+    def encoded(self) -> Mapping[str, Any] | None:
+        """How the training shards were encoded, if they were."""
+        return how_encoded(find_shards(self.shards)[0])
+
     def prepare_data(self) -> None:
         """Look at the first sample of some shards, before anything long starts."""
         if self.trainer and self.trainer.predicting:
