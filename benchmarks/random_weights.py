@@ -34,7 +34,8 @@ def random_base(size: Literal["sd21", "tiny"]) -> StableDiffusionPipeline:
     four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(**config["vae"], **four)
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base/tokenizer", model_max_length=77)
-    text = CLIPTextModel(CLIPTextConfig(**config["text"], vocab_size=len(tokenizer), hidden_act="gelu"))
+    words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    text = CLIPTextModel(CLIPTextConfig(**config["text"], **words, hidden_act="gelu"))
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = UniPCMultistepScheduler(prediction_type="epsilon")
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, **parts)

@@ -209,37 +209,39 @@ def make(way: str, base: str, precision: str) -> Naive | Ours:
     return Naive(base).to(DEVICE) if way == "naive" else Ours(base, precision, compile=COMPILED)
 
 
-def measure_speed(base: str, batches: dict[str, list[Batch]], precision: str) -> dict[str, float]:
-    """Median seconds of a step of each way. They take turns, so that what else the machine does strikes all alike."""
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    trained = {way: make(way, base, precision) for way in WAYS[:2]}
-    trained["ours+precomputed"] = trained["ours"]
-    optimizers = {way: trained[way].optimizer() for way in WAYS[:2]}
-    optimizers["ours+precomputed"] = optimizers["ours"]
-    batches = {way: on_device(of) for way, of in batches.items()}
-    with autocast(precision):
-        for turn in (0, *range(len(batches["ours"]))):  # the first warms up
-            for way in WAYS:
-                began = now()
-                trained[way].step(optimizers[way], batches[way][turn])
-                seconds[way].append(now() - began)
-    return {way: median(taken[1:]) for way, taken in seconds.items()}
+class Worker:
+    """One way in a process of its own, so that neither memory nor caches of another are in its figures."""
+
+    def __init__(self, way: str, base: str, batches: list[Batch], precision: str) -> None:
+        self.pool = multiprocessing.get_context("spawn").Pool(1, _start, (way, base, batches, precision))
+
+    def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.apply(work, arguments)
+
+    def stop(self) -> None:
+        self.pool.terminate()
 
 
-def measure(way: str, base: str, batches: list[Batch], precision: str) -> dict[str, Any]:
-    """FLOPs of a step, its stages, and the most memory it took."""
-    before = memory()
-    trained = make(way, base, precision)
-    batches, batch, steps = on_device(batches), len(batches[0].keys), len(batches)
+def _start(way: str, base: str, batches: list[Batch], precision: str) -> None:
+    global trained, optimizer, given, context
+    trained, given, context = make(way, base, precision), on_device(batches), partial(autocast, precision)
     optimizer = trained.optimizer()
-    step = partial(trained.step, optimizer)
-    with autocast(precision):
-        step(batches[0])
-        step(batches[-1])
-        most = memory() - before
-        flops = [flops_of(partial(step, one)) for one in batches]
+
+
+def timed_step(turn: int) -> float:
+    with context():
+        began = now()
+        trained.step(optimizer, given[turn])
+        return now() - began
+
+
+def measure() -> dict[str, Any]:
+    """FLOPs of a step, its stages, and the most memory it took; after some steps."""
+    size, steps, most = len(given[0].keys), len(given), memory()
+    with context():
+        flops = [flops_of(partial(trained.step, optimizer, one)) for one in given]
         stages = Stages(trained)
-        for one in batches:
+        for one in given:
             began = now()
             loss = trained.loss(one, 0.15, 0.15)
             after = now()
@@ -251,14 +253,30 @@ def measure(way: str, base: str, batches: list[Batch], precision: str) -> dict[s
                 stages.seconds[name] = stages.seconds.get(name, 0.0) + took
     forward = stages.seconds.pop("step")
     inside = sum(taken for name, taken in stages.seconds.items() if name not in ("backward", "optimizer"))
-    found = {name: taken / steps / batch for name, taken in stages.seconds.items()}
+    found = {name: taken / steps / size for name, taken in stages.seconds.items()}
     return {
-        "way": way,
-        "batch": batch,
-        "flops_per_sample": sum(flops) / len(flops) / batch,
+        "batch": size,
+        "flops_per_sample": sum(flops) / len(flops) / size,
         "peak_memory_bytes": most,
-        "seconds_per_sample": {**found, "rest": (forward - inside) / steps / batch},
+        "seconds_per_sample": {**found, "rest": (forward - inside) / steps / size},
     }
+
+
+def measure_all(base: str, batches: dict[str, list[Batch]], precision: str) -> list[dict[str, Any]]:
+    """A row for each way. On CPUs they take turns, so that what else the machine does strikes all alike; a GPU holds
+    one at a time."""
+    rows = []
+    for ways in [[way] for way in batches] if DEVICE.type == "cuda" else [list(batches)]:
+        workers = {way: Worker(way, base, batches[way], precision) for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        steps = len(batches[ways[0]])
+        for turn in (*range(steps), *range(steps)):  # the first round warms up: every size is new to the kernels once
+            for way, worker in workers.items():
+                seconds[way].append(worker(timed_step, turn))
+        for way, worker in workers.items():
+            rows.append({"way": way, "seconds": median(seconds[way][steps:]), **worker(measure)})
+            worker.stop()
+    return rows
 
 
 def memory() -> int:
@@ -266,12 +284,6 @@ def memory() -> int:
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """So that one way's memory is not the other's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
 
 
 def measured_peak(precision: str) -> float:
@@ -315,11 +327,10 @@ def main() -> None:
     peak = measured_peak(chosen.precision)
     loaded = {way: load(encoded if way == "ours+precomputed" else shards, chosen) for way in WAYS}
     batches = {way: of for way, (of, _) in loaded.items()}
-    seconds = in_own_process(measure_speed, base, batches, chosen.precision)
-    rows = [in_own_process(measure, way, base, batches[way], chosen.precision) for way in WAYS]
+    rows = measure_all(base, batches, chosen.precision)
     for row in rows:
         loading = loaded[row["way"]][1]
-        row["samples_per_second"] = chosen.batch / (seconds[row["way"]] + loading)
+        row["samples_per_second"] = chosen.batch / (row.pop("seconds") + loading)
         row["seconds_per_sample"]["loader"] = loading / chosen.batch
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
         row["precision"] = chosen.precision

@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import logging
+import os
 import re
 import signal
 import sys
@@ -39,6 +41,8 @@ from pig.generate import generate
 from pig.memory import print_memory
 from pig.methods.base import PersonalisationModule, load_checkpoint
 from pig.methods.bootpig import BootPIG
+
+PR_SET_PDEATHSIG = 1
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -98,7 +102,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def run(args: list[str]) -> Any:
     if not args or args[0] not in COMMANDS:
-        return CLI([re.sub("^--print-memory", "--print_memory", word) for word in args])
+        sys.argv[1:] = [re.sub("^--print-memory", "--print_memory", word) for word in args]
+        return CLI()
     command = COMMANDS[args[0]]
     parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=command.__doc__)
     parser.add_argument("--config", action="config", help="a YAML file with any of these arguments")
@@ -128,6 +133,9 @@ def run(args: list[str]) -> Any:
 
 def main() -> None:
     """Exit code 2 for bad input, with its message."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        # One of several processes: if the one that started it is killed, it would wait for it in the next exchange.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.basicConfig(format="%(levelname)s %(message)s")
     transformers.utils.logging.disable_progress_bar()
     for noise in (

@@ -145,8 +145,8 @@ def memory_table(
         gradients = sum(one.nbytes for one in trained)
         batch = blank_batch(module, data, micro)
         if micro < share:  # from the second micro-batch on, gradients are there all along
-            for one in trained:
-                one.grad = torch.empty_like(one)
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
         half = precision == "bf16-mixed"
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half and device == "cpu")  # asked by pig.attention
         with autocast, Autocast(half, device == "cuda"), LiveBytes() as live:

@@ -146,16 +146,18 @@ def test_a_step_equals_that_of_algorithm_1_written_plainly(toy_data, dropout) ->
 
 
 def test_training_is_measured(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(training, "in_own_process", training.measure)
     monkeypatch.setattr("sys.argv", ["training", "--batch=2", "--steps=2", f"--out={tmp_path / 'bench/training.json'}"])
     training.main()
     found = json.loads((tmp_path / "bench/training.json").read_text())
-    assert [row["way"] for row in found["rows"]] == ["naive", "ours"]
+    assert [row["way"] for row in found["rows"]] == ["naive", "ours", "ours+precomputed"]
     for row in found["rows"]:
         assert row["batch"] == 2
         assert 0 < row["share_of_peak"] < 1.5
         assert min(row["samples_per_second"], row["flops_per_sample"], row["peak_memory_bytes"]) > 0
-    assert found["rows"][1]["flops_per_sample"] < found["rows"][0]["flops_per_sample"]
+    naive, ours, precomputed = (row["flops_per_sample"] for row in found["rows"])
+    assert naive > ours > precomputed
+    assert found["rows"][0]["seconds_per_sample"]["VAE"] > 0
+    assert "VAE" not in found["rows"][2]["seconds_per_sample"]
 
 
 def _one_rank(rank: int, store: str, batch: Batch, out: str) -> None:

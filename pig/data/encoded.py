@@ -71,7 +71,10 @@ def how_encoded(shards: Sequence[Shard]) -> Mapping[str, Any] | None:
     Raises:
         InputError: they were not all made in one way.
     """
-    ways = {json.dumps(shard.stats.encoded, sort_keys=True): shard for shard in shards}
+    ways = {}
+    for shard in shards:
+        way = shard.stats.encoded and {name: value for name, value in shard.stats.encoded.items() if name != "source"}
+        ways[json.dumps(way, sort_keys=True)] = shard
     if len(ways) > 1:
         told = "\n".join(f"  {shard.url}: {way}" for way, shard in list(ways.items())[:3])
         raise InputError(f"shards of one run must all be encoded in the same way, or not at all:\n{told}")

@@ -131,10 +131,12 @@ class BootPIG(PersonalisationModule):
         noise, noise_ref, u = diffusion.draw(
             batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, batch.reference)
         )
-        # Decided on the CPU, so that nothing waits for a GPU. A dropped reference costs nothing: U_phi runs for the
-        # kept ones, and for one at least, so that it has a gradient (which then is 0) in every process.
-        kept = (u[:, 1] >= reference_dropout).nonzero().squeeze(1)
-        read = kept if len(kept) else torch.zeros(1, dtype=torch.long)
+        # Decided on the CPU, so that nothing waits for a GPU. U_phi runs for the kept references, their number rounded
+        # up to eighths of the batch: few sizes, so that kernels are chosen seldom, and never 0, so that every process
+        # has its gradient.
+        dropped, eighth = u[:, 1] < reference_dropout, max(1, len(u) // 8)
+        order, count = dropped.long().argsort(stable=True), int((~dropped).sum())
+        kept, read = order[:count], order[: eighth * max(1, -(-count // eighth))]
         noise, noise_ref, u, kept, read = (x.to(self.device) for x in (noise, noise_ref[read], u, kept, read))
         t = (u[:, 0] * len(self.alphas_cumprod)).long()
         t_ref = t[read] if self.reference_timestep is None else torch.full_like(read, self.reference_timestep)
@@ -150,8 +152,7 @@ class BootPIG(PersonalisationModule):
         references = self.net.encode_reference(z_ref_t.to(dtype), t_ref, text_ref[read])
         # After U_phi has run: only the Base UNet's caption is emptied.
         text = torch.where((u[:, 2] < caption_dropout).view(-1, 1, 1), empty, text)
-        if not len(kept):
-            references = {name: f[:0] for name, f in references.items()}
+        references = {name: f[:count] for name, f in references.items()}
         predicted = self.net(z_t.to(dtype), t, text, references, kept=kept if reference_dropout else None)
 
         target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)

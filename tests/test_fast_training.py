@@ -1,0 +1,351 @@
+"""Speed changes nothing that is learnt: every fast path's gradients are those of Algorithm 1 written plainly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_two_unet
+from lightning.pytorch import Callback, Trainer
+
+from benchmarks.training import Naive
+from data_gen.__main__ import run as data_gen
+from data_gen.toyworld import draw_triplets
+from pig.data.modules import TripletDataModule
+from pig.data.schema import Batch
+from pig.data.transforms import ReferenceAugmentation
+from pig.errors import InputError
+from pig.memory import memory_table
+from pig.methods.base import lay_out
+from pig.methods.bootpig import BootPIG
+
+Gradients = dict[str, torch.Tensor]
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+}
+
+
+class Watch(Callback):
+    """What a step's gradients are, and which batch they are of; into files where several processes run."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.batches, self.gradients = folder, list[Batch](), Gradients()
+        self.steps = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: BootPIG, batch: Batch, batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: BootPIG, optimizer: Any) -> None:
+        if not self.steps:
+            self.gradients = {name: p.grad.detach().clone() for name, p in pl_module.trainable().items()}
+            if self.folder:
+                torch.save((vars(self.batches[0]), self.gradients), self.folder / f"rank{trainer.global_rank}.pt")
+        self.steps += 1
+
+    def on_fit_end(self, trainer: Trainer, pl_module: BootPIG) -> None:
+        if self.folder:
+            (self.folder / f"steps{trainer.global_rank}").write_text(str(self.steps))
+
+
+def fit(
+    shards: Path, watch: Watch, batch_size: int = 8, trainer: dict[str, Any] | None = None, **model: Any
+) -> BootPIG:
+    module = BootPIG("toyworld", reference_dropout=0.4, caption_dropout=0.4, **model)
+    data = TripletDataModule(str(shards), batch_size=batch_size, resolution=64, num_workers=0)
+    settings = {"max_steps": 1, "precision": "32-true", "gradient_clip_val": 1.0, **QUIET, **(trainer or {})}
+    Trainer(callbacks=[watch], **settings).fit(module, data)
+    return module
+
+
+def plain(batch: Batch) -> Gradients:
+    naive = Naive("toyworld")
+    naive.loss(batch, 0.4, 0.4).backward()
+    return {f"net.{name}": p.grad for of in naive.groups.values() for name, p in of.items()}
+
+
+def check(found: Gradients, expected: Gradients, rtol: float = 1e-3) -> None:
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        difference = (found[name] - gradient).norm() / (gradient.norm() + 1e-8)
+        assert difference < rtol, (name, float(difference))
+
+
+@pytest.fixture(scope="module")
+def encoded(toy_data) -> Path:
+    out = toy_data / "encoded"
+    data_gen(["encode", str(toy_data / "triplets"), "--base=toyworld", f"--out={out}", "--resolution=64"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(toy_data) -> Gradients:
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=8, resolution=64, num_workers=0)
+    return plain(next(iter(data.train_dataloader())))
+
+
+@pytest.mark.parametrize(
+    "way", [{}, {"micro_batch": 3}, {"micro_batch": 1}, {"gradient_checkpointing": True, "micro_batch": 4}], ids=str
+)
+@pytest.mark.parametrize("inputs", ["triplets", "encoded"])
+def test_gradients_are_those_of_the_plain_loop(toy_data, encoded, expected, way, inputs) -> None:
+    watch = Watch()
+    fit(toy_data / inputs, watch, **way)
+    check(watch.gradients, expected)
+
+
+def test_bf16_is_as_near_to_float32_as_the_plain_loop_is(toy_data, expected) -> None:
+    watch, naive = Watch(), Naive("toyworld")
+    fit(toy_data / "triplets", watch, trainer={"precision": "bf16-mixed"}, micro_batch=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        naive.loss(watch.batches[0], 0.4, 0.4).backward()
+    theirs = {f"net.{name}": p.grad for of in naive.groups.values() for name, p in of.items()}
+
+    def off(gradients: Gradients) -> float:
+        total = torch.cat([(gradients[name] - one).flatten() for name, one in expected.items()]).norm()
+        return float(total / torch.cat([one.flatten() for one in expected.values()]).norm())
+
+    assert 1e-3 < off(watch.gradients) < 1.3 * off(theirs)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: int, within: str) -> list[int]:
+    """Only `fits` samples go through the loss (or its backward pass); which sizes were tried."""
+    tried, loss = list[int](), BootPIG.loss
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def limited(self: BootPIG, batch: Batch, *dropout: float) -> Any:
+        tried.append(len(batch.keys))
+        if tried[-1] > fits and within == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found, t = loss(self, batch, *dropout)
+        return (Full.apply(found) if tried[-1] > fits else found), t
+
+    monkeypatch.setattr(BootPIG, "loss", limited)
+    return tried
+
+
+@pytest.mark.parametrize("within", ["forward", "backward"])
+def test_out_of_memory_halves_the_micro_batch(toy_data, expected, monkeypatch, caplog, within) -> None:
+    tried, watch = short_of_memory(monkeypatch, 2, within), Watch()
+    module = fit(toy_data / "triplets", watch)
+    assert tried == [8, 4, 2, 2, 2, 2]
+    assert module.micro_batch == 2
+    assert "out of memory with a micro-batch of 4: halved to 2" in caplog.text
+    check(watch.gradients, expected)
+
+
+def test_a_sample_that_does_not_fit_names_the_remedies(toy_data, monkeypatch) -> None:
+    short_of_memory(monkeypatch, 0, "backward")
+    with pytest.raises(InputError, match="micro-batch of 1: set model.gradient_checkpointing=true, model.optimizer"):
+        fit(toy_data / "triplets", Watch(), batch_size=2)
+
+
+def test_8bit_adamw_trains_in_a_quarter_of_the_memory(toy_data) -> None:
+    module = BootPIG("toyworld", optimizer="adamw_8bit")
+    optimizer = module.configure_optimizers()
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
+    module.loss(next(iter(data.train_dataloader())), 0.0, 0.0)[0].mean().backward()
+    before = {name: p.detach().clone() for name, p in module.trainable().items()}
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in module.trainable().items())
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    full = sum(8 * p.numel() for p in module.trainable().values())
+    assert sum(one.nbytes for one in states) < 0.5 * full  # the toy's small tensors stay in float32
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_uneven_shards_and_a_sharded_optimizer(tmp_path) -> None:
+    """Both take as many steps and end; their gradients are the plain loop's on both batches together."""
+    for index, count in enumerate((5, 3, 2, 7)):
+        draw_triplets(tmp_path / f"s{index}", count, 64, first_seed=100 * index)
+    (tmp_path / "all").mkdir()
+    for index in range(4):
+        for file in (tmp_path / f"s{index}").iterdir():
+            file.rename(tmp_path / "all" / file.name.replace("000000", f"00000{index}"))
+    trainer = {"strategy": "ddp_fork", "devices": 2, "max_steps": 6}  # four to an epoch
+    fit(tmp_path / "all", Watch(tmp_path), 4, trainer, micro_batch=1, optimizer="adamw_sharded")
+    assert [(tmp_path / f"steps{rank}").read_text() for rank in (0, 1)] == ["6", "6"]
+    (one, gradients), (two, others) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+    whole = {
+        name: torch.cat([one[name], two[name]]) if isinstance(one[name], torch.Tensor) else one[name] + two[name]
+        for name in one
+        if one[name] is not None
+    }
+    assert len(set(whole["keys"])) == 4
+    check(gradients, plain(Batch(**whole)))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(toy_data) -> None:
+    with pytest.raises(Exception, match="data.batch_size=5 cannot be shared evenly among 2 processes"):
+        fit(toy_data / "triplets", Watch(), 5, {"strategy": "ddp_fork", "devices": 2})
+
+
+def test_a_process_that_dies_ends_the_others(toy_data, tmp_path) -> None:
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "pig.cli", "fit", "--config", "configs/bootpig/toyworld.yaml"),
+        *("--run", str(tmp_path), "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        *("--trainer.callbacks=[]", "--trainer.logger=false", "--data.val_shards=null", "--data.batch_size=4"),
+        *(
+            "--data.shards",
+            str(toy_data / "triplets"),
+            "--trainer.max_steps=100000",
+            "--trainer.enable_checkpointing=false",
+        ),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until(lambda: "micro-batches of" in (tmp_path / "log").read_text(), 150)
+        (other,) = [one for one in psutil.Process(process.pid).children() if "pig.cli" in " ".join(one.cmdline())]
+        other.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+        assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+        # Lightning's watch over its processes, or gloo's over their connections, whichever is first.
+        told = (tmp_path / "log").read_text()
+        assert "terminated with code -9" in told or "Connection closed by peer" in told
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(ready: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+# -- encoded shards ----------------------------------------------------------------------------------------------------
+
+
+def test_encoding_resumes_and_refuses_to_mix(toy_data, encoded, capsys) -> None:
+    files = {path: path.stat().st_mtime_ns for path in encoded.glob("*.tar")}
+    assert len(files) == 4
+    torn = sorted(files)[1]
+    before = torn.read_bytes()
+    torn.with_name(torn.stem + "_stats.json").unlink()  # as if stopped in the midst of it
+    torn.write_bytes(b"torn")
+    command = ["encode", str(toy_data / "triplets"), "--base=toyworld", f"--out={encoded}", "--resolution=64"]
+    data_gen(command)
+    assert "3 of 4 shards are encoded; 24 samples to go" in capsys.readouterr().out
+    assert torn.read_bytes() == before
+    assert all(path.stat().st_mtime_ns == written for path, written in files.items() if path != torn)
+    with pytest.raises(InputError, match="was made with another variants and augmentation"):
+        data_gen([*command, "--variants=2"])
+    with pytest.raises(InputError, match="encoded already"):
+        data_gen([*command[:1], str(encoded), *command[2:3], f"--out={toy_data / 'twice'}"])
+    with pytest.raises(InputError, match="the folder of the shards themselves"):
+        data_gen([*command[:3], f"--out={toy_data / 'triplets'}"])
+
+
+def test_encoded_shards_of_another_base_are_refused(toy_data, encoded) -> None:
+    module = BootPIG("toyworld")
+    data = TripletDataModule(str(encoded), batch_size=2, resolution=64, num_workers=0)
+    batch = next(iter(data.train_dataloader()))
+    module.loss(batch, 0.0, 0.0)
+    other = BootPIG("toyworld")
+    other.vae.encoder.conv_in.weight.data += 1e-3
+    with pytest.raises(InputError, match="encoded by another base model"):
+        other.loss(batch, 0.0, 0.0)
+    with pytest.raises(InputError, match="encoded at 64 px, data.resolution is 128"):
+        TripletDataModule(str(encoded), batch_size=2, resolution=128, num_workers=0).train_dataloader()
+    both = TripletDataModule([str(encoded), str(toy_data / "triplets")], batch_size=2, resolution=64, num_workers=0)
+    with pytest.raises(InputError, match="all be encoded in the same way, or not at all"):
+        both.train_dataloader()
+
+
+def test_variants_are_augmented_once_and_chosen_by_the_samples_seed(toy_data, tmp_path) -> None:
+    command = ["encode", str(toy_data / "val"), "--base=toyworld", f"--out={tmp_path}", "--resolution=64", "--half"]
+    data_gen([*command, "--variants=3", "--augmentation.scale=[0.6, 1.0]"])
+    stats = json.loads(next(tmp_path.glob("*_stats.json")).read_text())["encoded"]
+    assert (stats["variants"], stats["dtype"], stats["augmentation"]["scale"]) == (3, "float16", [0.6, 1.0])
+    settings = {"batch_size": 8, "resolution": 64, "num_workers": 0}
+    with pytest.raises(InputError, match="the references were encoded augmented by"):
+        TripletDataModule(str(tmp_path), **settings).train_dataloader()
+    data = TripletDataModule(str(tmp_path), **settings, augmentation=ReferenceAugmentation((0.6, 1.0)))
+    loader, module = data.train_dataloader(), BootPIG("toyworld")
+    first, second = (dict(zip(b.keys, b.reference, strict=True)) for b in (next(iter(loader)), next(iter(loader))))
+    assert {one.shape for one in first.values()} == {(1, 8, 16, 16)}
+    assert any(not torch.equal(first[key], second[key]) for key in first)  # another epoch, another variant
+    assert module.loss(next(iter(loader)), 0.0, 0.0)[0].isfinite().all()
+
+
+# -- memory and compilation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_memory_is_counted_within_15_per_cent_of_what_the_allocator_gives(toy_data, precision) -> None:
+    module = BootPIG("toyworld")
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=8, resolution=64, num_workers=0)
+    weights = [parameter.data_ptr() for parameter in module.parameters()]
+    table = memory_table(module, data, precision=precision)
+    assert [parameter.data_ptr() for parameter in module.parameters()] == weights
+    batch = next(iter(data.train_dataloader()))
+    lay_out(module, precision, torch.device("cpu"))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
+            module.loss(batch, 1e-9, 0.0)[0].mean().backward()
+        module.zero_grad()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert table["activations"] + table["gradients"] == pytest.approx(peak, rel=0.15)
+    assert table["weights"] == sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
+    assert table["all"] == sum(size for name, size in table.items() if name != "all")
+
+
+def test_compiled_blocks_change_nothing_and_are_compiled_once(inputs, monkeypatch) -> None:
+    """Captured for whatever backend; the batch of the Reference UNet may change without compiling again."""
+    plain_net, net = tiny_two_unet(), tiny_two_unet()
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, **how, backend="eager"))
+    net.compile_blocks()
+    counted = torch._dynamo.utils.counters["stats"]
+
+    def gradients(net: Any, kept: torch.Tensor) -> Gradients:
+        net.zero_grad()
+        given = (inputs["reference"][kept, :1], inputs["timesteps"][kept], inputs["text"][kept])
+        references = net.encode_reference(*given)
+        predicted = net(inputs["latents"], inputs["timesteps"], inputs["text"], references, kept=kept)
+        predicted.square().mean().backward()
+        return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+    graphs = []
+    for kept in (torch.arange(3), torch.arange(2), torch.arange(3), torch.arange(2)):
+        check(gradients(net, kept), gradients(plain_net, kept), rtol=1e-4)
+        graphs.append(counted["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[2] == graphs[3]
