@@ -62,8 +62,9 @@ ablations: .venv/.ready ## the paper's Table 2 and Fig. 7 on the toy world, into
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen
 
-bench-training: .venv/.ready ## what a training sample costs, naive and ours: samples/s, FLOPs, memory, into runs/bench
+bench-training: .venv/.ready ## what a training sample costs, naive and ours, and what the loader gives, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.training
+	$(BIN)/python -W ignore -m benchmarks.loader
 
 bench-sampling: .venv/.ready ## what an image costs, naive, ours and plain: seconds, FLOPs, memory, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.sampling

@@ -1,0 +1,1 @@
+import pig  # noqa: F401  # before diffusers: see there

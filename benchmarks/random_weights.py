@@ -22,9 +22,8 @@ TINY: dict[str, Any] = {
 }
 
 
-def random_base(size: Literal["sd21", "tiny"]) -> StableDiffusionPipeline:
-    """All parts, ready for `save_pretrained`. The words are the toy world's, padded to Stable Diffusion's 77."""
-    config = SD21 if size == "sd21" else TINY
+def random_networks(config: dict[str, Any], words: int) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """UNet, VAE and text encoder."""
     unet = UNet2DConditionModel(
         sample_size=config["vae"]["sample_size"] // 8,
         cross_attention_dim=config["text"]["hidden_size"],
@@ -33,9 +32,14 @@ def random_base(size: Literal["sd21", "tiny"]) -> StableDiffusionPipeline:
     )
     four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(**config["vae"], **four)
+    tokens = {"vocab_size": words, "bos_token_id": None, "eos_token_id": words - 1}
+    return unet, vae, CLIPTextModel(CLIPTextConfig(**config["text"], **tokens, hidden_act="gelu"))
+
+
+def random_base(size: Literal["sd21", "tiny"]) -> StableDiffusionPipeline:
+    """All parts, ready for `save_pretrained`. The words are the toy world's, padded to Stable Diffusion's 77."""
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base/tokenizer", model_max_length=77)
-    words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextModel(CLIPTextConfig(**config["text"], **words, hidden_act="gelu"))
+    unet, vae, text = random_networks(SD21 if size == "sd21" else TINY, len(tokenizer))
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = UniPCMultistepScheduler(prediction_type="epsilon")
     return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, **parts)

@@ -24,13 +24,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.random_weights import random_base
+from benchmarks.random_weights import SD21, random_base, random_networks
 from benchmarks.sampling import flops_of, machine
 from data_gen.encode import encode_shards
 from data_gen.toyworld import draw_triplets
@@ -311,6 +311,33 @@ def prepare(size: str, folder: Path, count: int) -> tuple[str, Path, Path]:
     return base, shards, encoded
 
 
+def counted() -> dict[str, float]:
+    """TFLOP of each part of a training sample at Stable Diffusion 2.1's size, 512 px, on the meta device."""
+    with torch.device("meta"):
+        unet, vae, text_encoder = random_networks(SD21, 49408)
+        plain = UNet2DConditionModel.from_config(unet.config)
+        net = TwoUNet(unet, copy.deepcopy(plain)).requires_grad_(False)
+        for of in net.trainable_parameters().values():
+            for parameter in of.values():
+                parameter.requires_grad_(True)
+        z, t, text, ids = torch.randn(1, 4, 64, 64), torch.zeros(1).long(), torch.randn(1, 77, 1024), torch.zeros(1, 77)
+        picture = torch.randn(1, 3, 512, 512)
+        with torch.no_grad():
+            found = {
+                "VAE, one picture": flops_of(lambda: vae.encode(picture)),
+                "text, one caption": flops_of(lambda: text_encoder(ids.long())),
+                "Reference UNet": flops_of(lambda: net.encode_reference(z[:, None], t, text)),
+                "Reference UNet to its end": flops_of(lambda: plain(z, t, text)),
+            }
+            found["both UNets"] = flops_of(lambda: net(z, t, text, net.encode_reference(z[:, None], t, text)))
+
+        def step() -> None:
+            net(z, t, text, net.encode_reference(z[:, None], t, text)).square().mean().backward()
+
+        found["backward"] = flops_of(step) - found["both UNets"]
+    return {name: flops / 1e12 for name, flops in found.items()}
+
+
 def machine_name() -> str:
     return torch.cuda.get_device_name() if DEVICE.type == "cuda" else machine()
 
@@ -355,6 +382,8 @@ def main() -> None:
         taken = row["seconds_per_sample"]
         table.add_row(row["way"], *(f"{1000 * taken.get(name, 0.0):.2f}" for name in stages))
     console.print(table)
+    sd21 = counted()
+    console.print("TFLOP at Stable Diffusion 2.1's size: " + ", ".join(f"{n} {v:.3f}" for n, v in sd21.items()))
     console.print(f"  {chosen.out}", highlight=False)
 
 

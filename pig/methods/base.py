@@ -227,11 +227,14 @@ class PersonalisationModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         self._clear()
 
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        return batch.split(self.micro_batch or len(batch.keys))
+
     def _accumulate(self) -> Tensor:
         """Backward passes of all micro-batches but the last of the newest batch."""
         batch = self._batches[-1]
         size = len(batch.keys)
-        *before, last = batch.split(self.micro_batch or size)
+        *before, last = self.micro_batches(batch)
         found = []
         for part in before:
             loss, t = self.training_loss(part)

@@ -111,10 +111,15 @@ class BootPIG(PersonalisationModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss on held-out triplets: same noise and timesteps at every validation, nothing dropped."""
-        self.log_by_timestep("val", *self.loss(batch, 0.0, 0.0))
+        self.log_by_timestep("val", *self._whole_loss(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log_by_timestep("test", *self.loss(batch, 0.0, 0.0))
+        self.log_by_timestep("test", *self._whole_loss(batch))
+
+    def _whole_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        found = [self.loss(part, 0.0, 0.0) for part in self.micro_batches(batch)]
+        loss, t = (torch.cat(column) for column in zip(*found, strict=True))
+        return loss, t
 
     def predict_step(self, job: Job, batch_idx: int) -> Image.Image:
         """Draw a subject under a prompt, from all its pictures, with the paper's sampling (section 4.1)."""

@@ -1,0 +1,193 @@
+"""What only a GPU can tell, in parts of under 10 minutes each: `benchmarks/run_on_gpu.sh` runs them all.
+
+    python -m benchmarks.gpu ladder|batches|steady|capped|precision [--size sd21|tiny] [--out runs/bench/gpu]
+
+`sd21`: Stable Diffusion 2.1's true configuration with random weights, 512 px, bf16. `tiny`: the same code at tiny
+width, which starts on a CPU too (nothing is compiled there, which takes longer than all the rest).
+
+ladder: samples/s and memory at batch 8, from the plain loop in float32 to all that is done, one thing more each time.
+batches: the plain loop and ours with batches of 1, 4, 8, 16 and on until memory ends.
+steady: 200 steps on one batch: the loss stays finite and falls; what is compiled after the first steps.
+capped: `configs/bootpig/sd21_24gb.yaml`'s model trained by Lightning under a cap of 24 GiB, beside the memory counted.
+precision: gradients in bf16, ours and the plain loop's, against float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.training import DEVICE, SIZES, Naive, Ours, autocast, machine_name, now, on_device, prepare
+from pig.data.modules import TripletDataModule
+from pig.data.schema import Batch
+from pig.data.transforms import ReferenceAugmentation
+from pig.memory import memory_table
+from pig.methods.bootpig import BootPIG
+
+CUDA = DEVICE.type == "cuda"
+Row = dict[str, Any]
+console = Console(soft_wrap=True)
+
+
+class Setting:
+    """The base model and its data; `batch` gives so many samples, plain or encoded, on the device."""
+
+    def __init__(self, size: str, folder: Path) -> None:
+        self.size, self.folder = size, folder
+        self.base, self.shards, self.encoded = prepare(size, folder, 64)
+
+    def batch(self, count: int, encoded: bool = False) -> Batch:
+        source = self.encoded if encoded else self.shards
+        data = TripletDataModule(str(source), batch_size=count, resolution=SIZES[self.size], num_workers=0)
+        return on_device([next(iter(data.train_dataloader()))])[0]
+
+
+def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str, steps: int = 10) -> Row:
+    """samples/s and memory; both None where memory ends."""
+    row: Row = {"samples_per_second": None, "peak_memory_bytes": None}
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        trained = make()
+        optimizer = trained.optimizer()
+        with autocast(precision):
+            for _ in range(3):
+                trained.step(optimizer, batch)
+            began = now()
+            for _ in range(steps):
+                trained.step(optimizer, batch)
+            row["samples_per_second"] = steps * len(batch.keys) / (now() - began)
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if CUDA else 0
+    except torch.OutOfMemoryError:
+        pass
+    trained = optimizer = None  # type: ignore[assignment]
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+    return row
+
+
+def ladder(setting: Setting) -> list[Row]:
+    def ours(precision: str, laid_out: bool, **model: Any) -> Callable[[], Ours]:
+        return lambda: Ours(setting.base, precision if laid_out else "none", **model)
+
+    half, batch, encoded = "bf16-mixed", setting.batch(8), setting.batch(8, encoded=True)
+    rungs: list[tuple[str, Callable[[], Naive | Ours], str, Batch]] = [
+        ("naive, float32", lambda: Naive(setting.base).to(DEVICE), "32-true", batch),
+        ("naive, bf16", lambda: Naive(setting.base).to(DEVICE), half, batch),
+        ("ours: one pass, stopped early", ours(half, False), half, batch),
+        ("+ frozen bf16, channels_last", ours(half, True), half, batch),
+        ("+ compiled blocks", ours(half, True, compile=CUDA), half, batch),
+        ("+ encoded shards: all", ours(half, True, compile=CUDA), half, encoded),
+        ("all, gradient checkpointing", ours(half, True, compile=CUDA, gradient_checkpointing=True), half, encoded),
+    ]
+    return [{"way": name, "batch": 8, **timed(make, of, precision)} for name, make, precision, of in rungs]
+
+
+def batches(setting: Setting) -> list[Row]:
+    rows = []
+    ways: dict[str, tuple[Callable[[], Naive | Ours], bool]] = {
+        "naive": (lambda: Naive(setting.base).to(DEVICE), False),
+        "ours": (lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), False),
+        "ours+precomputed": (lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), True),
+    }
+    for way, (make, encoded) in ways.items():
+        for count in (1, 4, 8, 16, 32, 64) if CUDA else (1, 4):
+            rows.append({"way": way, "batch": count, **timed(make, setting.batch(count, encoded), "bf16-mixed")})
+            if rows[-1]["samples_per_second"] is None:
+                break
+    return rows
+
+
+def steady(setting: Setting) -> list[Row]:
+    trained, batch = Ours(setting.base, "bf16-mixed", compile=CUDA), setting.batch(8, encoded=True)
+    optimizer, losses, compiled = trained.optimizer(), [], []
+    counted = torch._dynamo.utils.counters["stats"]
+    with autocast("bf16-mixed"):
+        for _ in range(200 if CUDA else 20):
+            losses.append(trained.step(optimizer, batch))
+            compiled.append(counted["unique_graphs"])
+    curve = torch.stack(losses).tolist()
+    assert torch.tensor(curve).isfinite().all()
+    assert curve[-1] < curve[0]
+    half = len(curve) // 2
+    return [{"first": curve[0], "half": curve[half], "last": curve[-1], "compiled_late": compiled[-1] - compiled[half]}]
+
+
+def capped(setting: Setting) -> list[Row]:
+    if CUDA:
+        torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.reset_peak_memory_stats()
+    model: dict[str, Any] = {"gradient_checkpointing": True, "optimizer": "adamw_8bit", "micro_batch": 16}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        model["optimizer"] = "adamw"  # fits as well
+    module = BootPIG(setting.base, **model)
+    data = TripletDataModule(
+        str(setting.encoded),
+        batch_size=64,
+        resolution=SIZES[setting.size],
+        num_workers=0,
+        augmentation=ReferenceAugmentation(),
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=2, precision="bf16-mixed", devices=1, gradient_clip_val=1.0, **quiet)
+    trainer.fit(module, data)
+    taken = torch.cuda.max_memory_allocated() if CUDA else 0
+    counted = memory_table(module.cpu(), data, precision="bf16-mixed", device=DEVICE.type)
+    return [{"optimizer is": model["optimizer"], "micro-batch": module.micro_batch, "taken": taken, **counted}]
+
+
+def precision(setting: Setting) -> list[Row]:
+    batch = setting.batch(4)
+
+    def gradients(trained: Naive | Ours, way: str) -> torch.Tensor:
+        with autocast(way):
+            trained.loss(batch, 0.3, 0.3).backward()
+        if isinstance(trained, Ours):
+            found = {name.removeprefix("net."): p.grad for name, p in trained.module.trainable().items()}
+        else:
+            found = {name: p.grad for of in trained.groups.values() for name, p in of.items()}
+        return torch.cat([found[name].flatten().cpu() for name in sorted(found)])
+
+    exact = gradients(Naive(setting.base).to(DEVICE), "32-true")
+    rows = []
+    for name, make, way in (
+        ("ours, float32", lambda: Ours(setting.base), "32-true"),
+        ("naive, bf16", lambda: Naive(setting.base).to(DEVICE), "bf16-mixed"),
+        ("ours, bf16", lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), "bf16-mixed"),
+    ):
+        off = (gradients(make(), way) - exact).norm() / exact.norm()
+        rows.append({"way": name, "relative_difference_of_gradients": float(off)})
+    return rows
+
+
+PARTS = {"ladder": ladder, "batches": batches, "steady": steady, "capped": capped, "precision": precision}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--size", choices=("sd21", "tiny"), default="sd21")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/gpu"))
+    chosen = parser.parse_args()
+    rows = PARTS[chosen.part](Setting(chosen.size, chosen.out))
+    (chosen.out / f"{chosen.part}.json").write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
+    table = Table(*rows[0], title=f"{chosen.part}: {machine_name()}, {chosen.size}")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
