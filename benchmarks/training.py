@@ -205,61 +205,68 @@ def on_device(batches: list[Batch]) -> list[Batch]:
     return batches
 
 
-def make(way: str, base: str, precision: str) -> Naive | Ours:
-    return Naive(base).to(DEVICE) if way == "naive" else Ours(base, precision, compile=COMPILED)
+class Run:
+    """One way of training, ready to step."""
+
+    def __init__(self, way: str, base: str, batches: list[Batch], precision: str) -> None:
+        self.trained = Naive(base).to(DEVICE) if way == "naive" else Ours(base, precision, compile=COMPILED)
+        self.batches, self.precision = on_device(batches), precision
+        self.optimizer = self.trained.optimizer()
+
+    def timed_step(self, turn: int) -> float:
+        with autocast(self.precision):
+            began = now()
+            self.trained.step(self.optimizer, self.batches[turn])
+            return now() - began
+
+    def measure(self) -> dict[str, Any]:
+        """FLOPs of a step, its stages, and the most memory it took; after some steps."""
+        size, steps, most = len(self.batches[0].keys), len(self.batches), memory()
+        with autocast(self.precision):
+            flops = [flops_of(partial(self.trained.step, self.optimizer, one)) for one in self.batches]
+            stages = Stages(self.trained)
+            for one in self.batches:
+                stages.start("forward")
+                loss = self.trained.loss(one, 0.15, 0.15)
+                stages.stop("forward")
+                stages.start("backward")
+                loss.backward()
+                stages.stop("backward")
+                stages.start("optimizer")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                stages.stop("optimizer")
+        seconds = {name: taken / steps / size for name, taken in stages.seconds.items()}
+        parts = {"VAE", "text", "Reference UNet", "Base UNet"} & set(seconds)
+        seconds["rest"] = seconds.pop("forward") - sum(seconds[part] for part in parts)
+        return {
+            "batch": size,
+            "flops_per_sample": sum(flops) / len(flops) / size,
+            "peak_memory_bytes": most,
+            "seconds_per_sample": seconds,
+        }
 
 
 class Worker:
-    """One way in a process of its own, so that neither memory nor caches of another are in its figures."""
+    """A Run in a process of its own, so that neither memory nor caches of another are in its figures."""
 
-    def __init__(self, way: str, base: str, batches: list[Batch], precision: str) -> None:
-        self.pool = multiprocessing.get_context("spawn").Pool(1, _start, (way, base, batches, precision))
+    def __init__(self, *of: Any) -> None:
+        self.pool = multiprocessing.get_context("spawn").Pool(1, _start, of)
 
-    def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return self.pool.apply(work, arguments)
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        return self.pool.apply(_call, (method, arguments))
 
     def stop(self) -> None:
         self.pool.terminate()
 
 
-def _start(way: str, base: str, batches: list[Batch], precision: str) -> None:
-    global trained, optimizer, given, context
-    trained, given, context = make(way, base, precision), on_device(batches), partial(autocast, precision)
-    optimizer = trained.optimizer()
+def _start(*of: Any) -> None:
+    global _run
+    _run = Run(*of)
 
 
-def timed_step(turn: int) -> float:
-    with context():
-        began = now()
-        trained.step(optimizer, given[turn])
-        return now() - began
-
-
-def measure() -> dict[str, Any]:
-    """FLOPs of a step, its stages, and the most memory it took; after some steps."""
-    size, steps, most = len(given[0].keys), len(given), memory()
-    with context():
-        flops = [flops_of(partial(trained.step, optimizer, one)) for one in given]
-        stages = Stages(trained)
-        for one in given:
-            began = now()
-            loss = trained.loss(one, 0.15, 0.15)
-            after = now()
-            loss.backward()
-            between = now()
-            optimizer.step()
-            optimizer.zero_grad()
-            for name, took in (("backward", between - after), ("optimizer", now() - between), ("step", after - began)):
-                stages.seconds[name] = stages.seconds.get(name, 0.0) + took
-    forward = stages.seconds.pop("step")
-    inside = sum(taken for name, taken in stages.seconds.items() if name not in ("backward", "optimizer"))
-    found = {name: taken / steps / size for name, taken in stages.seconds.items()}
-    return {
-        "batch": size,
-        "flops_per_sample": sum(flops) / len(flops) / size,
-        "peak_memory_bytes": most,
-        "seconds_per_sample": {**found, "rest": (forward - inside) / steps / size},
-    }
+def _call(method: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(_run, method)(*arguments)
 
 
 def measure_all(base: str, batches: dict[str, list[Batch]], precision: str) -> list[dict[str, Any]]:
@@ -272,9 +279,9 @@ def measure_all(base: str, batches: dict[str, list[Batch]], precision: str) -> l
         steps = len(batches[ways[0]])
         for turn in (*range(steps), *range(steps)):  # the first round warms up: every size is new to the kernels once
             for way, worker in workers.items():
-                seconds[way].append(worker(timed_step, turn))
+                seconds[way].append(worker("timed_step", turn))
         for way, worker in workers.items():
-            rows.append({"way": way, "seconds": median(seconds[way][steps:]), **worker(measure)})
+            rows.append({"way": way, "seconds": median(seconds[way][steps:]), **worker("measure")})
             worker.stop()
     return rows
 
@@ -287,15 +294,17 @@ def memory() -> int:
 
 
 def measured_peak(precision: str) -> float:
-    """FLOP/s of a large product on this machine."""
+    """FLOP/s of a large product on this machine, the best of several."""
     size, times = (8192, 20) if DEVICE.type == "cuda" else (2048, 8)
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     a = torch.randn(size, size, device=DEVICE, dtype=dtype)
     a @ a
-    began = now()
+    seconds = []
     for _ in range(times):
+        began = now()
         a @ a
-    return 2 * size**3 * times / (now() - began)
+        seconds.append(now() - began)
+    return 2 * size**3 / min(seconds)
 
 
 def prepare(size: str, folder: Path, count: int) -> tuple[str, Path, Path]:

@@ -21,7 +21,8 @@ ALLOWED = {
     "generate": {"attention", "methods", "models", "pipelines"},
     "app": {"page", "generate", "models", "pipelines"},
     "page": {"app", "attention", "models", "pipelines"},
-    "cli": {"app", "generate", "methods", "evaluation", "pipelines", "models"},
+    "memory": {"callbacks", "methods", "models"},
+    "cli": {"app", "generate", "memory", "methods", "evaluation", "pipelines", "models"},
     "demo": {"generate", "methods", "evaluation", "pipelines", "models"},
 }
 
