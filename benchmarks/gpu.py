@@ -78,7 +78,7 @@ def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str, steps:
 
 def ladder(setting: Setting) -> list[Row]:
     def ours(precision: str, laid_out: bool, **model: Any) -> Callable[[], Ours]:
-        return lambda: Ours(setting.base, precision if laid_out else "none", **model)
+        return lambda: Ours(setting.base, precision if laid_out else None, **model)
 
     half, batch, encoded = "bf16-mixed", setting.batch(8), setting.batch(8, encoded=True)
     rungs: list[tuple[str, Callable[[], Naive | Ours], str, Batch]] = [

@@ -136,10 +136,11 @@ class Naive(nn.Module):
 class Ours:
     """`BootPIG` as Lightning drives it, without Lightning: one step of its loss, its optimizer and clipping."""
 
-    def __init__(self, base: str, precision: str = "32-true", **settings: Any) -> None:
+    def __init__(self, base: str, precision: str | None = "32-true", **settings: Any) -> None:
         self.module = BootPIG(base, lr_reference=RATES["reference_unet"], lr_rsa=RATES["rsa"], **settings).to(DEVICE)
         _ = self.module.encoders_digest
-        lay_out(self.module, precision, DEVICE)
+        if precision:
+            lay_out(self.module, precision, DEVICE)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self.module.configure_optimizers()

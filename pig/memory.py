@@ -195,7 +195,9 @@ def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None
 
 
 def show(rows: Mapping[str, int], title: str) -> None:
-    table = Table("part", "MiB", title=title)
+    table = Table("part", "MiB")
     for name, size in rows.items():
         table.add_row(name, f"{size / 2**20:,.0f}")
-    Console().print(table)
+    console = Console(soft_wrap=True)
+    console.print(title, highlight=False)
+    console.print(table)

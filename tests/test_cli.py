@@ -25,6 +25,7 @@ TOY = "configs/bootpig/toyworld.yaml"
 BELOW = {
     "sd21_release.yaml": "configs/bootpig/sd21.yaml",
     "sd21_fixed_timestep.yaml": "configs/bootpig/sd21.yaml",
+    "sd21_768.yaml": "configs/bootpig/sd21.yaml",
     "sd21_24gb.yaml": "configs/bootpig/sd21.yaml",
     "sd21_sharded.yaml": "configs/bootpig/sd21.yaml",
     "toyworld_weights.yaml": TOY,

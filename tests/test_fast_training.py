@@ -221,7 +221,7 @@ def test_a_process_that_dies_ends_the_others(toy_data, tmp_path) -> None:
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_until(lambda: "micro-batches of" in (tmp_path / "log").read_text(), 150)
+        wait_until(lambda: "global batch 4: processes 2 x" in (tmp_path / "log").read_text(), 150)
         (other,) = [one for one in psutil.Process(process.pid).children() if "pig.cli" in " ".join(one.cmdline())]
         other.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) != 0

@@ -202,8 +202,8 @@ class PersonalisationModule(LightningModule):
         micro = min(self.micro_batch or size, size)
         accumulated = self.trainer.accumulate_grad_batches
         rank_zero_info(
-            f"global batch {world * size * accumulated} = {world} processes x {-(-size // micro) * accumulated} "
-            f"micro-batches of {micro}"
+            f"global batch {world * size * accumulated}: processes {world} x micro-batches "
+            f"{-(-size // micro) * accumulated} x samples {micro}"
         )
 
     # -- one step: micro-batches, memory, gradients ---------------------------------------------------------------
