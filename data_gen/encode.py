@@ -122,7 +122,8 @@ def encode_shards(
     names = Counter(tar_of(shard, out) for shard in found)
     if twice := [tar.name for tar, times in names.items() if times > 1]:
         raise InputError(f"two shards are named {twice[0]}: encode their folders one by one, each into its own --out")
-    if any(tar.exists() and tar.samefile(shard.url) for tar, shard in zip(names, found, strict=True)):
+    local = [(tar, Path(shard.url)) for tar, shard in zip(names, found, strict=True) if "://" not in shard.url]
+    if any(tar.exists() and tar.samefile(path) for tar, path in local):
         raise InputError(f"--out {out} is the folder of the shards themselves: name another")
     if any(shard.stats.encoded for shard in found):
         raise InputError(f"the shards of {shards} are encoded already: name the triplets that they were made of")

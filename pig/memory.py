@@ -183,6 +183,8 @@ def states_8bit(parameter: Tensor) -> int:
 
 def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None:
     """The table for what `fit` is about to do, and what the device has."""
+    if not trainer.is_global_zero:
+        return
     device, processes = trainer.strategy.root_device, trainer.world_size
     ema = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     rows = memory_table(module, data, precision=trainer.precision, device=device.type, processes=processes, ema=ema)

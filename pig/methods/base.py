@@ -6,7 +6,7 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from pig.data.schema import Batch
 from pig.errors import InputError, check_named
@@ -209,16 +210,25 @@ class PersonalisationModule(LightningModule):
     # -- one step: micro-batches, memory, gradients ---------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of the last micro-batch, times its share of the batch; the gradients of those before are there.
-
-        Processes exchange gradients in the last backward pass only, which Lightning starts.
-        """
+        """The mean loss; its gradients are there. Only where processes exchange gradients the last micro-batch's are
+        not: that is done in the backward pass which Lightning starts."""
         self._batches.append(batch)
-        return self._within_memory(self._accumulate)
+        while True:
+            try:
+                return self._accumulate()
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+            # Outside of `except`, whose traceback would keep the tensors alive.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def backward(self, loss: Tensor) -> None:
-        """Lightning's hook: the backward pass of what `training_step` returned."""
-        self._within_memory(loss.backward, again=lambda: self._accumulate().backward())
+        """Lightning's hook."""
+        if loss.requires_grad:
+            try:
+                loss.backward()
+            except torch.OutOfMemoryError as error:  # the other processes wait for this one's part
+                raise self._no_memory(error) from error
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Lightning would do it between `training_step` and `backward`; it is done behind the step instead."""
@@ -231,52 +241,40 @@ class PersonalisationModule(LightningModule):
         return batch.split(self.micro_batch or len(batch.keys))
 
     def _accumulate(self) -> Tensor:
-        """Backward passes of all micro-batches but the last of the newest batch."""
-        batch = self._batches[-1]
-        size = len(batch.keys)
-        *before, last = self.micro_batches(batch)
-        found = []
-        for part in before:
+        """Forward and backward passes of the newest batch."""
+        batch, found = self._batches[-1], []
+        parts = self.micro_batches(batch)
+        exchanged = isinstance(self.trainer.strategy.model, DistributedDataParallel)
+        for part in parts:
             loss, t = self.training_loss(part)
-            (loss.sum() / (size * self.trainer.accumulate_grad_batches)).backward()
+            share = loss.sum() / len(batch.keys)
             found.append((loss.detach(), t))
-        loss, t = self.training_loss(last)
-        losses, ts = (torch.cat(column) for column in zip(*found, (loss.detach(), t), strict=True))
+            if not exchanged or part is not parts[-1]:
+                (share / self.trainer.accumulate_grad_batches).backward()
+        losses, ts = (torch.cat(column) for column in zip(*found, strict=True))
         self._losses.append(losses)
         self.log_by_timestep("train", losses, ts)
-        return loss.sum() / size
+        return share if exchanged else losses.mean()
 
-    def _within_memory(self, work: Callable[[], Any], again: Callable[[], Any] | None = None) -> Any:
-        """`work`, or `again` with half the micro-batch for as long as there is not enough memory.
-
-        Not in a backward pass that exchanges gradients: the other processes would wait for what does not come.
-        """
-        alone = self.trainer.world_size == 1 or not again
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                self._halve(error, alone and self.trainer.accumulate_grad_batches == 1)
-            # Outside of `except`, whose traceback would keep the tensors alive.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            work = again or work
-
-    def _halve(self, error: torch.OutOfMemoryError, may: bool) -> None:
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
         size = min(self.micro_batch or math.inf, len(self._batches[-1].keys))
-        told = f"out of memory with a micro-batch of {size}"
-        if size == 1 or not may:
-            remedy = (
-                "set model.gradient_checkpointing=true, model.optimizer=adamw_8bit, or a lower data.resolution"
-                if size == 1
-                else f"start again with model.micro_batch={size // 2}"
-            )
-            raise InputError(f"{told}: {remedy}. {error}") from error
+        if size == 1 or self.trainer.accumulate_grad_batches > 1:  # whose earlier gradients would be lost
+            raise self._no_memory(error) from error
         self.micro_batch = int(size) // 2
-        log.warning("%s: halved to %d, and the step begun again", told, self.micro_batch)
+        log.warning(
+            "out of memory with a micro-batch of %d: halved to %d, and the step begun again", size, self.micro_batch
+        )
         # Gradients of a part of the batch may be there; all draws follow from the samples' seeds, so nothing is lost.
         self.zero_grad(set_to_none=True)
-        self._losses.clear()
+
+    def _no_memory(self, error: torch.OutOfMemoryError) -> InputError:
+        size = int(min(self.micro_batch or math.inf, len(self._batches[-1].keys)))
+        remedy = (
+            f"start again with model.micro_batch={size // 2}"
+            if size > 1
+            else "set model.gradient_checkpointing=true, model.optimizer=adamw_8bit, or a lower data.resolution"
+        )
+        return InputError(f"out of memory with a micro-batch of {size}: {remedy}. {error}")
 
     def _clear(self) -> None:
         self.zero_grad(set_to_none=True)

@@ -1,0 +1,94 @@
+"""Runs that are stopped or killed, and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pig.errors import InputError
+from pig.methods.bootpig import BootPIG
+
+STEPS = 24
+
+
+def command(toy_data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pig.cli", "fit", "--config", "configs/bootpig/toyworld.yaml", "--run", str(run)),
+        *("--trainer.max_steps", str(STEPS), "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
+        *("--trainer.val_check_interval", "1000", "--trainer.callbacks", "[]"),
+        *("--trainer.callbacks+", "pig.callbacks.EMA", "--trainer.callbacks.decay", "0.9"),
+        *(
+            "--trainer.callbacks+",
+            "lightning.pytorch.callbacks.ModelCheckpoint",
+            "--trainer.callbacks.save_last",
+            "true",
+        ),
+        *("--trainer.callbacks.dirpath", str(run / "ckpt"), "--trainer.callbacks.every_n_train_steps", "3"),
+        *("--trainer.callbacks.save_top_k", "0"),
+        *("--data.shards", str(toy_data / "triplets"), "--data.val_shards", "null", "--data.batch_size", "6"),
+        *("--data.num_workers", "2", "--data.shuffle_block", "10", "--trainer.log_every_n_steps", "1"),
+        *more,
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_data, tmp_path_factory) -> dict:
+    run = tmp_path_factory.mktemp("whole")
+    finish(start(command(toy_data, run)))
+    return torch.load(run / "ckpt/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, tmp_path, uninterrupted, stop) -> None:
+    last = tmp_path / "ckpt/last.ckpt"
+    process = start(command(toy_data, tmp_path))
+    deadline = time.monotonic() + 200
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, stop)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    halfway = torch.load(last, weights_only=True)
+    assert 0 < halfway["global_step"] < STEPS
+    finish(start(command(toy_data, tmp_path, "--ckpt_path", str(last))))
+    resumed = torch.load(last, weights_only=True)
+    assert resumed["global_step"] == uninterrupted["global_step"] == STEPS
+    for name, weight in uninterrupted["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight), name
+    for name, average in uninterrupted["callbacks"]["EMA"]["average"].items():
+        assert torch.equal(resumed["callbacks"]["EMA"]["average"][name], average), name
+
+
+def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupted) -> None:
+    module = BootPIG("toyworld")
+    assert set(uninterrupted["state_dict"]) == set(module.trainable())
+    assert set(uninterrupted["callbacks"]["EMA"]["average"]) == set(module.trainable())
+    assert len(uninterrupted["optimizer_states"][0]["state"]) == len(module.trainable())
+    (position,) = uninterrupted["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert (position["epoch"], position["batch"]) == (1, STEPS - 96 // 6)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    module.load_state_dict(uninterrupted["state_dict"])
+    for name, parameter in module.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == (name in module.trainable()), name
+    with pytest.raises(InputError, match="1 missing"):
+        module.load_state_dict(dict(list(uninterrupted["state_dict"].items())[1:]))
