@@ -8,7 +8,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,16 @@ from tqdm import tqdm
 from data_gen.samples import batches
 from pig.data.encoded import EncodedTriplet, encoded_members
 from pig.data.schema import REFERENCE, Triplet
-from pig.data.shards import BadSampleError, Shard, ShardStats, decode_triplet, find_shards, read_shard, write_samples
-from pig.data.shards import stats_path as stats_of
+from pig.data.shards import (
+    BadSampleError,
+    Shard,
+    ShardStats,
+    decode_triplet,
+    find_shards,
+    read_shard,
+    stats_path,
+    write_samples,
+)
 from pig.data.transforms import ReferenceAugmentation, target_picture, to_tensor
 from pig.errors import InputError
 from pig.models.backbone import (
@@ -55,7 +62,7 @@ class Encoder:
             "base": encoders_digest(self.backbone),
             "resolution": resolution,
             "variants": variants,
-            "augmentation": json.loads(json.dumps(asdict(augmentation))) if variants else None,
+            "augmentation": augmentation.as_json() if variants else None,
             "dtype": "float16" if half else "float32",
         }
 
@@ -155,7 +162,7 @@ def tar_of(shard: Shard, out: Path) -> Path:
 def is_done(tar: Path, shard: Shard, identity: Mapping[str, Any]) -> bool:
     """Raises InputError where another base or other settings made what is there."""
     try:
-        stats = ShardStats(**json.loads(Path(stats_of(str(tar))).read_text()))
+        stats = ShardStats(**json.loads(Path(stats_path(str(tar))).read_text()))
     except (OSError, ValueError, TypeError):
         return False
     there = dict(stats.encoded or {})

@@ -137,7 +137,7 @@ def memory_table(
     """
     _ = module.encoders_digest
     share = data.batch_size // processes
-    micro = min(module.micro_batch or share, share)
+    micro = module.micro_size(share)
     with on_meta(module):
         lay_out(module, precision, torch.device(device))
         weights = sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
@@ -189,8 +189,7 @@ def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None
     ema = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     rows = memory_table(module, data, precision=trainer.precision, device=device.type, processes=processes, ema=ema)
     share = data.batch_size // processes
-    micro = min(module.micro_batch or share, share)
-    show(rows, f"memory in each process, micro-batch {micro} of {share}")
+    show(rows, f"memory in each process, micro-batch {module.micro_size(share)} of {share}")
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
         print(f"the device has {there / 2**30:.1f} GiB")

@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ class TripletDataset(IterableDataset[Batch]):
                 f"the shards were encoded at {encoded['resolution']} px, data.resolution is {self.resolution}: set it "
                 "so, or encode the triplets again"
             )
-        wanted = json.loads(json.dumps(asdict(self.augmentation)))
+        wanted = self.augmentation.as_json()
         if encoded["variants"] and encoded["augmentation"] != wanted:
             raise InputError(
                 f"the references were encoded augmented by {encoded['augmentation']}, data.augmentation is {wanted}: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,6 +135,10 @@ class ReferenceAugmentation:
         for name in ("flip", "jitter", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"augmentation.{name} is a probability, got {getattr(self, name)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Its settings as JSON gives them back, for comparison with those of encoded shards."""
+        return json.loads(json.dumps(asdict(self)))
 
     def __call__(self, reference: Image.Image, size: int, rng: Generator) -> Image.Image:
         """RGBA cut-out -> RGB square of `size` pixels."""

@@ -200,7 +200,7 @@ class PersonalisationModule(LightningModule):
     def _tell_split(self) -> None:
         world, loader = self.trainer.world_size, self.trainer.train_dataloader
         size = loader.dataset.batch_size
-        micro = min(self.micro_batch or size, size)
+        micro = self.micro_size(size)
         accumulated = self.trainer.accumulate_grad_batches
         rank_zero_info(
             f"global batch {world * size * accumulated}: processes {world} x micro-batches "
@@ -237,8 +237,12 @@ class PersonalisationModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         self._clear()
 
+    def micro_size(self, share: int) -> int:
+        """Samples of a micro-batch, where a process has `share` of the global batch."""
+        return min(self.micro_batch or share, share)
+
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        return batch.split(self.micro_batch or len(batch.keys))
+        return batch.split(self.micro_size(len(batch.keys)))
 
     def _accumulate(self) -> Tensor:
         """Forward and backward passes of the newest batch."""
@@ -257,10 +261,10 @@ class PersonalisationModule(LightningModule):
         return share if exchanged else losses.mean()
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
-        size = min(self.micro_batch or math.inf, len(self._batches[-1].keys))
+        size = self.micro_size(len(self._batches[-1].keys))
         if size == 1 or self.trainer.accumulate_grad_batches > 1:  # whose earlier gradients would be lost
             raise self._no_memory(error) from error
-        self.micro_batch = int(size) // 2
+        self.micro_batch = size // 2
         log.warning(
             "out of memory with a micro-batch of %d: halved to %d, and the step begun again", size, self.micro_batch
         )
@@ -268,7 +272,7 @@ class PersonalisationModule(LightningModule):
         self.zero_grad(set_to_none=True)
 
     def _no_memory(self, error: torch.OutOfMemoryError) -> InputError:
-        size = int(min(self.micro_batch or math.inf, len(self._batches[-1].keys)))
+        size = self.micro_size(len(self._batches[-1].keys))
         remedy = (
             f"start again with model.micro_batch={size // 2}"
             if size > 1

@@ -103,7 +103,8 @@ class BootPIG(PersonalisationModule):
         return encoders_digest(self.backbone)
 
     def setup(self, stage: str) -> None:
-        _ = self.encoders_digest  # of the weights as loaded, before any is rounded
+        if stage == "fit":
+            _ = self.encoders_digest  # of the weights as loaded, before any is rounded
         super().setup(stage)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
