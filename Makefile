@@ -81,15 +81,16 @@ toyworld-weights: .venv/.ready ## train the embedded models again from nothing (
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
-# uv resolves torch and torchvision as a matching pair from one index.
+# uv resolves torch and torchvision as a matching pair from one index. Byte code: where Python may write none of its own
+# (PYTHONDONTWRITEBYTECODE, read-only folders), each start would take twice as long.
 .venv/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "pig needs Python 3.11 or later; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'
 	touch $@
 
 .venv/.app .venv/.browser: .venv/.%: .venv/.ready
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$*]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[$*]'
 	touch $@

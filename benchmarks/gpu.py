@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in parts of under 10 minutes each: `benchmarks/run_on_gpu.sh` runs them all.
+"""What a GPU can tell, in parts of under 10 minutes each: `benchmarks/run_on_gpu.sh` runs them all.
 
     python -m benchmarks.gpu ladder|batches|steady|capped|precision [--size sd21|tiny] [--out runs/bench/gpu]
 
@@ -9,7 +9,7 @@ ladder: samples/s and memory at batch 8, from the plain loop in float32 to all t
 batches: the plain loop and ours with batches of 1, 4, 8, 16 and on until memory ends.
 steady: 200 steps on one batch: the loss stays finite and falls; what is compiled after the first steps.
 capped: `configs/bootpig/sd21_24gb.yaml`'s model trained by Lightning under a cap of 24 GiB, beside the memory counted.
-precision: gradients in bf16, ours and the plain loop's, against float32.
+precision: gradients in bf16, ours and the plain loop's, against float32; true size runs in 24 GB on a CPU too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.training import DEVICE, SIZES, Naive, Ours, autocast, machine_name, now, on_device, prepare
+from benchmarks.training import DEVICE, SIZES, Naive, Ours, autocast, machine_name, now, prepare
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
@@ -48,7 +48,7 @@ class Setting:
     def batch(self, count: int, encoded: bool = False) -> Batch:
         source = self.encoded if encoded else self.shards
         data = TripletDataModule(str(source), batch_size=count, resolution=SIZES[self.size], num_workers=0)
-        return on_device([next(iter(data.train_dataloader()))])[0]
+        return next(iter(data.train_dataloader())).to(DEVICE)
 
 
 def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str, steps: int = 10) -> Row:
@@ -76,7 +76,7 @@ def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str, steps:
     return row
 
 
-def ladder(setting: Setting) -> list[Row]:
+def ladder(setting: Setting) -> Iterator[Row]:
     def ours(precision: str, laid_out: bool, **model: Any) -> Callable[[], Ours]:
         return lambda: Ours(setting.base, precision if laid_out else None, **model)
 
@@ -90,11 +90,11 @@ def ladder(setting: Setting) -> list[Row]:
         ("+ encoded shards: all", ours(half, True, compile=CUDA), half, encoded),
         ("all, gradient checkpointing", ours(half, True, compile=CUDA, gradient_checkpointing=True), half, encoded),
     ]
-    return [{"way": name, "batch": 8, **timed(make, of, precision)} for name, make, precision, of in rungs]
+    for name, make, precision, of in rungs:
+        yield {"way": name, "batch": 8, **timed(make, of, precision)}
 
 
-def batches(setting: Setting) -> list[Row]:
-    rows = []
+def batches(setting: Setting) -> Iterator[Row]:
     ways: dict[str, tuple[Callable[[], Naive | Ours], bool]] = {
         "naive": (lambda: Naive(setting.base).to(DEVICE), False),
         "ours": (lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), False),
@@ -102,13 +102,13 @@ def batches(setting: Setting) -> list[Row]:
     }
     for way, (make, encoded) in ways.items():
         for count in (1, 4, 8, 16, 32, 64) if CUDA else (1, 4):
-            rows.append({"way": way, "batch": count, **timed(make, setting.batch(count, encoded), "bf16-mixed")})
-            if rows[-1]["samples_per_second"] is None:
+            row = {"way": way, "batch": count, **timed(make, setting.batch(count, encoded), "bf16-mixed")}
+            yield row
+            if row["samples_per_second"] is None:
                 break
-    return rows
 
 
-def steady(setting: Setting) -> list[Row]:
+def steady(setting: Setting) -> Iterator[Row]:
     trained, batch = Ours(setting.base, "bf16-mixed", compile=CUDA), setting.batch(8, encoded=True)
     optimizer, losses, compiled = trained.optimizer(), [], []
     counted = torch._dynamo.utils.counters["stats"]
@@ -120,13 +120,20 @@ def steady(setting: Setting) -> list[Row]:
     assert torch.tensor(curve).isfinite().all()
     assert curve[-1] < curve[0]
     half = len(curve) // 2
-    return [{"first": curve[0], "half": curve[half], "last": curve[-1], "compiled_late": compiled[-1] - compiled[half]}]
+    yield {"first": curve[0], "half": curve[half], "last": curve[-1], "compiled_late": compiled[-1] - compiled[half]}
 
 
-def capped(setting: Setting) -> list[Row]:
+class FromSecondStep(Callback):
+    """The most memory that was taken, but for the first step, in which the micro-batch is found at the cap."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if CUDA and trainer.global_step == 1:
+            torch.cuda.reset_peak_memory_stats()
+
+
+def capped(setting: Setting) -> Iterator[Row]:
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(24 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-        torch.cuda.reset_peak_memory_stats()
     model: dict[str, Any] = {"gradient_checkpointing": True, "optimizer": "adamw_8bit", "micro_batch": 16}
     try:
         import bitsandbytes  # noqa: F401
@@ -141,17 +148,20 @@ def capped(setting: Setting) -> list[Row]:
         augmentation=ReferenceAugmentation(),
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_steps=2, precision="bf16-mixed", devices=1, gradient_clip_val=1.0, **quiet)
+    quiet["callbacks"] = [FromSecondStep()]
+    trainer = Trainer(max_steps=3, precision="bf16-mixed", devices=1, gradient_clip_val=1.0, **quiet)
     trainer.fit(module, data)
     taken = torch.cuda.max_memory_allocated() if CUDA else 0
     counted = memory_table(module.cpu(), data, precision="bf16-mixed", device=DEVICE.type)
-    return [{"optimizer is": model["optimizer"], "micro-batch": module.micro_batch, "taken": taken, **counted}]
+    yield {"optimizer is": model["optimizer"], "micro-batch": module.micro_batch, "taken": taken, **counted}
 
 
-def precision(setting: Setting) -> list[Row]:
-    batch = setting.batch(4)
+def precision(setting: Setting) -> Iterator[Row]:
+    batch = setting.batch(4 if CUDA else 1)
+    torch.backends.cudnn.allow_tf32 = False
 
     def gradients(trained: Naive | Ours, way: str) -> torch.Tensor:
+        gc.collect()  # hooks keep the one before alive
         with autocast(way):
             trained.loss(batch, 0.3, 0.3).backward()
         if isinstance(trained, Ours):
@@ -161,15 +171,13 @@ def precision(setting: Setting) -> list[Row]:
         return torch.cat([found[name].flatten().cpu() for name in sorted(found)])
 
     exact = gradients(Naive(setting.base).to(DEVICE), "32-true")
-    rows = []
     for name, make, way in (
         ("ours, float32", lambda: Ours(setting.base), "32-true"),
         ("naive, bf16", lambda: Naive(setting.base).to(DEVICE), "bf16-mixed"),
         ("ours, bf16", lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), "bf16-mixed"),
     ):
         off = (gradients(make(), way) - exact).norm() / exact.norm()
-        rows.append({"way": name, "relative_difference_of_gradients": float(off)})
-    return rows
+        yield {"way": name, "relative_difference_of_gradients": float(off)}
 
 
 PARTS = {"ladder": ladder, "batches": batches, "steady": steady, "capped": capped, "precision": precision}
@@ -181,8 +189,10 @@ def main() -> None:
     parser.add_argument("--size", choices=("sd21", "tiny"), default="sd21")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/gpu"))
     chosen = parser.parse_args()
-    rows = PARTS[chosen.part](Setting(chosen.size, chosen.out))
-    (chosen.out / f"{chosen.part}.json").write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
+    rows = []
+    for row in PARTS[chosen.part](Setting(chosen.size, chosen.out)):
+        rows.append(row)  # written at once: a part may run out of time
+        (chosen.out / f"{chosen.part}.json").write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
     table = Table(*rows[0], title=f"{chosen.part}: {machine_name()}, {chosen.size}")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))

@@ -1,7 +1,7 @@
 """What a training sample costs: Algorithm 1 written plainly with diffusers, ours, and ours on encoded shards.
 
     python -m benchmarks.training [--size toy|sd21|tiny] [--batch 32] [--steps 5] [--precision bf16-mixed|32-true]
-        [--out runs/bench/training.json]
+        [--ways naive ours ours+precomputed] [--out runs/bench/training.json]
 
 The same precision in all rows. `toy`: the toy model at 64 px; `sd21`: Stable Diffusion 2.1's true configuration at 512
 px with random weights, for GPUs; `tiny`: the same code at tiny width. FLOPs by torch's counter, the machine's peak by a
@@ -198,20 +198,12 @@ def load(shards: Path, chosen: argparse.Namespace) -> tuple[list[Batch], float]:
     return batches, (time.perf_counter() - began) / chosen.steps
 
 
-def on_device(batches: list[Batch]) -> list[Batch]:
-    for one in batches:
-        for name in ("target", "reference", "text"):
-            if (tensor := getattr(one, name)) is not None:
-                setattr(one, name, tensor.to(DEVICE))
-    return batches
-
-
 class Run:
     """One way of training, ready to step."""
 
     def __init__(self, way: str, base: str, batches: list[Batch], precision: str) -> None:
         self.trained = Naive(base).to(DEVICE) if way == "naive" else Ours(base, precision, compile=COMPILED)
-        self.batches, self.precision = on_device(batches), precision
+        self.batches, self.precision = [batch.to(DEVICE) for batch in batches], precision
         self.optimizer = self.trained.optimizer()
 
     def timed_step(self, turn: int) -> float:
@@ -270,11 +262,10 @@ def _call(method: str, arguments: tuple[Any, ...]) -> Any:
     return getattr(_run, method)(*arguments)
 
 
-def measure_all(base: str, batches: dict[str, list[Batch]], precision: str) -> list[dict[str, Any]]:
-    """A row for each way. On CPUs they take turns, so that what else the machine does strikes all alike; a GPU holds
-    one at a time."""
+def measure_all(base: str, batches: dict[str, list[Batch]], precision: str, at_once: bool) -> list[dict[str, Any]]:
+    """A row for each way. `at_once`: they take turns, so that what else the machine does strikes all alike."""
     rows = []
-    for ways in [[way] for way in batches] if DEVICE.type == "cuda" else [list(batches)]:
+    for ways in [list(batches)] if at_once else [[way] for way in batches]:
         workers = {way: Worker(way, base, batches[way], precision) for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         steps = len(batches[ways[0]])
@@ -358,28 +349,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/training.json"))
     chosen = parser.parse_args()
     base, shards, encoded = prepare(chosen.size, chosen.out.parent, chosen.batch * chosen.steps)
     peak = measured_peak(chosen.precision)
-    loaded = {way: load(encoded if way == "ours+precomputed" else shards, chosen) for way in WAYS}
+    loaded = {way: load(encoded if way == "ours+precomputed" else shards, chosen) for way in chosen.ways}
     batches = {way: of for way, (of, _) in loaded.items()}
-    rows = measure_all(base, batches, chosen.precision)
+    cpu = DEVICE.type == "cpu"
+    rows = measure_all(base, batches, chosen.precision, at_once=cpu and chosen.size != "sd21")
     for row in rows:
-        loading = loaded[row["way"]][1]
+        loading = loaded[row["way"]][1] if cpu else 0.0  # beside a GPU other processes load meanwhile
         row["samples_per_second"] = chosen.batch / (row.pop("seconds") + loading)
         row["seconds_per_sample"]["loader"] = loading / chosen.batch
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
         row["precision"] = chosen.precision
     chosen.out.write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
     title = f"{machine_name()}, {chosen.size}, {chosen.precision}; peak {peak / 1e9:.0f} GFLOP/s"
-    columns = ("way", "batch", "samples/s", "against naive", "GFLOP/sample", "of peak", "memory")
+    columns = ("way", "batch", "samples/s", f"against {rows[0]['way']}", "GFLOP/sample", "of peak", "memory")
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(
             row["way"],
             str(row["batch"]),
-            f"{row['samples_per_second']:.2f}",
+            f"{row['samples_per_second']:.4g}",
             f"{row['samples_per_second'] / rows[0]['samples_per_second']:.2f}x",
             f"{row['flops_per_sample'] / 1e9:.2f}",
             f"{row['share_of_peak']:.0%}",

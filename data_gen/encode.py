@@ -7,17 +7,15 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data_gen.samples import batches
 from pig.data.encoded import EncodedTriplet, encoded_members
 from pig.data.schema import REFERENCE, Triplet
 from pig.data.shards import (
@@ -38,8 +36,8 @@ from pig.models.backbone import (
     encode_text,
     encoders_digest,
     image_moments,
+    inputs_told,
     load_backbone,
-    tokenize,
     vae_scale,
 )
 
@@ -75,12 +73,14 @@ class Encoder:
 
     def __call__(self, triplets: list[Triplet]) -> Iterator[EncodedTriplet]:
         """In the same order."""
-        targets = self.moments([to_tensor(target_picture(one.target, self.resolution)) for one in triplets])
+        targets = self.moments(to_tensor(target_picture(one.target, self.resolution)) for one in triplets)
         texts = self.array(encode_text(self.backbone, [one.caption for one in triplets]))
-        for triplet, target, text in zip(triplets, targets, texts, strict=True):
-            reference: Any = triplet.reference
-            if self.variants:
-                reference = self.moments([self._augmented(triplet, variant) for variant in range(self.variants)])
+        references: Any = [one.reference for one in triplets]
+        if self.variants:
+            pictures = (self._augmented(one, variant) for one in triplets for variant in range(self.variants))
+            moments = self.moments(pictures)
+            references = moments.reshape(len(triplets), self.variants, *moments.shape[1:])
+        for triplet, target, text, reference in zip(triplets, targets, texts, references, strict=True):
             yield EncodedTriplet(
                 triplet.key, target, text, reference, triplet.caption, triplet.object, triplet.metadata
             )
@@ -89,28 +89,15 @@ class Encoder:
         rng = np.random.default_rng([zlib.crc32(triplet.key.encode()), variant])
         return to_tensor(self.augmentation(triplet.reference, self.resolution, rng))
 
-    def moments(self, pictures: list[Tensor]) -> np.ndarray:
+    def moments(self, pictures: Iterable[Tensor]) -> np.ndarray:
         """(B, 8, h, w) of B pictures (3, H, W)."""
-        return np.concatenate(
-            [
-                self.array(image_moments(self.backbone.vae, torch.stack([*part]).to(self.device)))
-                for part in batches(pictures, BATCH)
-            ]
-        )
+        left, found = iter(pictures), []
+        while part := list(itertools.islice(left, BATCH)):
+            found.append(self.array(image_moments(self.backbone.vae, torch.stack(part).to(self.device))))
+        return np.concatenate(found)
 
     def array(self, tensor: Tensor) -> np.ndarray:
         return tensor.cpu().numpy().astype(np.float16 if self.half else np.float32)
-
-    def saved(self) -> dict[str, float]:
-        """FLOPs that each training sample is spared, by part."""
-        picture = torch.zeros(1, 3, self.resolution, self.resolution, device=self.device)
-        ids = tokenize(self.backbone.tokenizer, [""]).to(self.device)
-        with FlopCounterMode(display=False) as of_vae:
-            image_moments(self.backbone.vae, picture)
-        with FlopCounterMode(display=False) as of_text, torch.no_grad():
-            self.backbone.text_encoder(ids)
-        vae, text = float(of_vae.get_total_flops()), float(of_text.get_total_flops())
-        return {"target": vae, "text": text, "reference": vae if self.variants else 0.0}
 
 
 def encode_shards(
@@ -149,10 +136,7 @@ def encode_shards(
             done += encode_shard(shard, tar_of(shard, out), encoder, bar)
     if done:
         print(f"{done} samples -> {out}, {(time.perf_counter() - began) / done * 1000:.1f} ms each")
-    saved = encoder.saved()
-    print("each training sample is spared, in GFLOP: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in saved.items()))
-    if not variants:
-        print("references are still augmented and encoded in training; --variants N would make N of each")
+    print(inputs_told(encoder.backbone, resolution, encoder.identity))
 
 
 def tar_of(shard: Shard, out: Path) -> Path:

@@ -1,4 +1,5 @@
-"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, images of `predict`."""
+"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, images of `predict`; and how
+checkpoints are written."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from pig.data.grids import grid
@@ -136,6 +139,15 @@ class SubjectSamples(Callback):
         if rows:  # a rank may have no subject to draw
             sheet = grid(rows, size=128)
             sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")
+
+
+class AsyncCheckpoints(AsyncCheckpointIO):
+    """Checkpoints written while training goes on, from a copy on the CPU. (Lightning's own takes it on the GPU, which
+    may have no room for weights and moments twice.)"""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().cpu())
+        super().save_checkpoint(checkpoint, path, storage_options)
 
 
 class SaveImages(Callback):

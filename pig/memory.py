@@ -136,7 +136,7 @@ def memory_table(
     By count, for `torch.compile` off; what libraries take for themselves is not in it (CUDA: some 0.5 GB).
     """
     _ = module.encoders_digest
-    share = data.batch_size // processes
+    share = -(-data.batch_size // processes)
     micro = module.micro_size(share)
     with on_meta(module):
         lay_out(module, precision, torch.device(device))
@@ -188,7 +188,7 @@ def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None
     device, processes = trainer.strategy.root_device, trainer.world_size
     ema = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     rows = memory_table(module, data, precision=trainer.precision, device=device.type, processes=processes, ema=ema)
-    share = data.batch_size // processes
+    share = -(-data.batch_size // processes)
     show(rows, f"memory in each process, micro-batch {module.micro_size(share)} of {share}")
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pig.callbacks import AsyncCheckpoints
+from pig.data.modules import TripletDataModule
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
 
@@ -76,6 +80,35 @@ def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, 
         assert torch.equal(resumed["state_dict"][name], weight), name
     for name, average in uninterrupted["callbacks"]["EMA"]["average"].items():
         assert torch.equal(resumed["callbacks"]["EMA"]["average"][name], average), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_sharded"])
+def test_every_optimizer_goes_on_from_a_checkpoint(toy_data, tmp_path, optimizer) -> None:
+    def fit(steps: int, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+        module = BootPIG("toyworld", optimizer=optimizer)
+        data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
+        trainer = Trainer(
+            accelerator="cpu",
+            strategy="ddp" if optimizer == "adamw_sharded" else "auto",
+            devices=1,
+            max_steps=steps,
+            plugins=[AsyncCheckpoints()],
+            callbacks=[ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return {name: weight.detach().clone() for name, weight in module.trainable().items()}
+
+    expected = fit(4)
+    found = fit(4, tmp_path / "step=2.ckpt")
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
 
 
 def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupted) -> None:

@@ -37,8 +37,10 @@ class TripletDataset(IterableDataset[Batch]):
     """One rank's batches of one epoch; `start` says which epoch, and where in it.
 
     Args:
-        drop_last: leave out the samples that fill no whole batch on every rank (other ones in each epoch), so that
-            all ranks take equally many steps.
+        batch_size: samples of a step over all ranks; each takes its share, `share` samples, one more or less than the
+            others where it cannot be even.
+        drop_last: leave out the samples that fill no whole batch (other ones in each epoch), so that all ranks take
+            equally many steps.
         max_bad_samples: how many different unusable samples a worker replaces before it gives up.
     """
 
@@ -65,16 +67,23 @@ class TripletDataset(IterableDataset[Batch]):
         self.epoch, self.first_batch = 0, 0
         self.layout = (world_size, drop_last)
         self.total = total = sum(shard.stats.count for shard in shards)
-        if drop_last:
-            per_rank = total // (batch_size * world_size) * batch_size
-            self.span = (rank * per_rank, (rank + 1) * per_rank)
-        else:
-            self.span = (rank * total // world_size, (rank + 1) * total // world_size)
-        if self.span[0] == self.span[1]:
+        if total < (batch_size if drop_last else world_size):
             raise InputError(
-                f"the shards hold {total} samples, less than one batch of {batch_size} for each of {world_size} "
-                "processes: lower data.batch_size or make more shards"
+                f"the shards hold {total} samples, less than one batch of {batch_size} over {world_size} processes: "
+                "lower data.batch_size or make more shards"
             )
+        if batch_size < world_size:
+            raise InputError(
+                f"data.batch_size={batch_size} is less than one sample for each of {world_size} processes: raise it, "
+                "or lower trainer.devices"
+            )
+        begin, end = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
+        if drop_last:
+            steps, self.share = total // batch_size, end - begin
+            self.span = (steps * begin, steps * end)
+        else:
+            self.share = -(-batch_size // world_size)
+            self.span = (rank * total // world_size, (rank + 1) * total // world_size)
 
     def _check_encoded(self, encoded: Mapping[str, Any]) -> None:
         if encoded["resolution"] != self.resolution:
@@ -90,7 +99,7 @@ class TripletDataset(IterableDataset[Batch]):
             )
 
     def __len__(self) -> int:
-        return -(-(self.span[1] - self.span[0]) // self.batch_size)
+        return -(-(self.span[1] - self.span[0]) // self.share)
 
     def start(self, *, epoch: int, first_batch: int) -> None:
         """Let the next iteration give this epoch from this batch (of the rank) on."""
@@ -113,12 +122,12 @@ class TripletDataset(IterableDataset[Batch]):
         # The loader takes batches from its workers in turn, beginning with worker 0 also when it resumes: so the part
         # whose turn it is goes to worker 0, and the first `len % workers` parts are one batch longer.
         index = (index + self.first_batch) % workers
-        share = [len(self) // workers + (i < len(self) % workers) for i in range(workers)]
+        batches = [len(self) // workers + (i < len(self) % workers) for i in range(workers)]
         seen = self.first_batch // workers + (index < self.first_batch % workers)
-        anchor = self.span[0] + sum(share[:index]) * self.batch_size
-        end = min(anchor + share[index] * self.batch_size, self.span[1])
-        samples = self._samples(anchor, anchor + seen * self.batch_size, end)
-        while batch := list(itertools.islice(samples, self.batch_size)):
+        anchor = self.span[0] + sum(batches[:index]) * self.share
+        end = min(anchor + batches[index] * self.share, self.span[1])
+        samples = self._samples(anchor, anchor + seen * self.share, end)
+        while batch := list(itertools.islice(samples, self.share)):
             yield self._collate(batch)
 
     def _samples(self, anchor: int, begin: int, end: int) -> Iterator[tuple[Triplet | EncodedTriplet, int]]:
@@ -331,15 +340,12 @@ class TripletDataModule(LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Batch) else batch
 
     def _loader(self, spec: str | list[str], *, training: bool) -> ResumableLoader:
-        world = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % world:
-            raise InputError(f"data.batch_size={self.batch_size} cannot be shared evenly among {world} processes")
         shards, left_out = find_shards(spec)
         for line in left_out:
             log.warning("shard left out: %s", line)
         dataset = TripletDataset(
             shards,
-            batch_size=self.batch_size // world,
+            batch_size=self.batch_size,
             resolution=self.resolution,
             augmentation=self.augmentation,
             seed=self.seed,
@@ -347,7 +353,7 @@ class TripletDataModule(LightningDataModule):
             max_bad_samples=self.max_bad_samples,
             drop_last=training,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=world,
+            world_size=self.trainer.world_size if self.trainer else 1,
         )
         return ResumableLoader(
             dataset,

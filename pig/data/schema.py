@@ -10,10 +10,11 @@ models, scores). Beside it `train-000000_stats.json`, written last: without it t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -53,6 +54,18 @@ class Batch:
     keys: list[str]
     text: Tensor | None = None
     encoded_by: str | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """With its pictures and texts there, which nothing waits for; the seeds stay, as draws are made on the CPU."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """torch's DataLoader asks for it."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        text = None if self.text is None else move(self.text)
+        return replace(self, target=move(self.target), reference=move(self.reference), text=text)
 
     def split(self, size: int) -> list[Batch]:
         """Parts of at most `size` samples."""

@@ -45,17 +45,31 @@ def adamw(name: OptimizerName, groups: list[dict[str, Any]]) -> torch.optim.Opti
     """AdamW as in appendix B of BootPIG: `adamw` (fused), `adamw_8bit` (bitsandbytes: a quarter of its memory), or
     `adamw_sharded` (torch's ZeroRedundancyOptimizer: each process keeps and updates its share of the state)."""
     settings: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
+    if name == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise InputError("model.optimizer=adamw_8bit needs bitsandbytes: pip install 'pig[8bit]'") from error
+        return AdamW8bit(groups, **settings)
+    optimizer: torch.optim.Optimizer
     if name == "adamw":
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    if name == "adamw_sharded":
-        if not torch.distributed.is_initialized():
-            raise InputError("model.optimizer=adamw_sharded is for several processes: set trainer.strategy to ddp")
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError("model.optimizer=adamw_8bit needs bitsandbytes: pip install 'pig[8bit]'") from error
-    return AdamW8bit(groups, **settings)
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+    elif torch.distributed.is_initialized():
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings, fused=True)
+    else:
+        raise InputError("model.optimizer=adamw_sharded is for several processes: set trainer.strategy to ddp")
+    optimizer.register_load_state_dict_post_hook(_settle)
+    return optimizer
+
+
+def _settle(optimizer: torch.optim.Optimizer) -> None:
+    """Fused kernels want a loaded state as they would have made it: the step count on the parameter's device (the
+    sharded optimizer loads it onto the CPU), the moments laid out like the parameter, whatever it was in the run that
+    saved them."""
+    for parameter, state in getattr(optimizer, "optim", optimizer).state.items():
+        for name, value in state.items():
+            like = parameter if value.shape == parameter.shape else value
+            state[name] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
 
 
 def lay_out(module: nn.Module, precision: str, device: torch.device) -> None:
@@ -198,14 +212,15 @@ class PersonalisationModule(LightningModule):
         self._tell_split()
 
     def _tell_split(self) -> None:
-        world, loader = self.trainer.world_size, self.trainer.train_dataloader
-        size = loader.dataset.batch_size
-        micro = self.micro_size(size)
-        accumulated = self.trainer.accumulate_grad_batches
-        rank_zero_info(
-            f"global batch {world * size * accumulated}: processes {world} x micro-batches "
-            f"{-(-size // micro) * accumulated} x samples {micro}"
-        )
+        world, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        size = self._global_batch()
+        micro = self.micro_size(share := -(-size // world))
+        split = f"processes {world} x micro-batches {-(-share // micro) * accumulated} x samples {micro}"
+        rest = "" if size % (world * micro) == 0 else " at most"
+        rank_zero_info(f"global batch {size * accumulated}: {split}{rest}")
+
+    def _global_batch(self) -> int:
+        return int(self.trainer.train_dataloader.dataset.batch_size)
 
     # -- one step: micro-batches, memory, gradients ---------------------------------------------------------------
 
@@ -251,7 +266,8 @@ class PersonalisationModule(LightningModule):
         exchanged = isinstance(self.trainer.strategy.model, DistributedDataParallel)
         for part in parts:
             loss, t = self.training_loss(part)
-            share = loss.sum() / len(batch.keys)
+            # Processes' gradients are averaged, each of its share of the batch.
+            share = loss.sum() * (self.trainer.world_size / self._global_batch())
             found.append((loss.detach(), t))
             if not exchanged or part is not parts[-1]:
                 (share / self.trainer.accumulate_grad_batches).backward()
@@ -331,7 +347,7 @@ class PersonalisationModule(LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._samples += len(batch.seeds) * self.trainer.world_size
+        self._samples += self._global_batch()
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             now = time.perf_counter()
             self.log("samples_per_second", self._samples / (now - self._since), prog_bar=True, batch_size=1)

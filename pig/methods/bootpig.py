@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +24,7 @@ from pig.models.backbone import (
     encode_images,
     encode_text,
     encoders_digest,
+    inputs_told,
     latent_shape,
     load_backbone,
 )
@@ -50,6 +52,8 @@ class BootPIG(PersonalisationModule):
         compile: the UNets' repeated blocks by `torch.compile`: minutes at the start, for GPUs.
         optimizer, micro_batch: see `PersonalisationModule`.
     """
+
+    alphas_cumprod: Tensor
 
     def __init__(
         self,
@@ -80,7 +84,8 @@ class BootPIG(PersonalisationModule):
         self.save_hyperparameters()
         self.base, backbone = base, load_backbone(base)
         self.vae, self.text_encoder = backbone.vae, backbone.text_encoder
-        self.backbone, self.alphas_cumprod = backbone, backbone.scheduler.alphas_cumprod
+        self.backbone = backbone
+        self.register_buffer("alphas_cumprod", backbone.scheduler.alphas_cumprod, persistent=False)
         self._empty_text: Tensor | None = None
         self.net = TwoUNet(
             backbone.unet, copy.deepcopy(backbone.unet), pooling=pooling, reference_key_scale=reference_key_scale
@@ -107,8 +112,23 @@ class BootPIG(PersonalisationModule):
             _ = self.encoders_digest  # of the weights as loaded, before any is rounded
         super().setup(stage)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        data = self.trainer.train_dataloader.dataset
+        rank_zero_info(inputs_told(self.backbone, data.resolution, data.encoded))
+
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.loss(batch, self.reference_dropout, self.caption_dropout)
+
+    def on_validation_start(self) -> None:
+        """Compiled blocks are for training steps: other graphs, other sizes would be compiled for a few passes."""
+        torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self) -> None:
+        torch.compiler.set_stance("default")
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss on held-out triplets: same noise and timesteps at every validation, nothing dropped."""
@@ -138,12 +158,12 @@ class BootPIG(PersonalisationModule):
             batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, batch.reference)
         )
         # Decided on the CPU, so that nothing waits for a GPU. U_phi runs for the kept references, their number rounded
-        # up to eighths of the batch: few sizes, so that kernels are chosen seldom, and never 0, so that every process
-        # has its gradient.
+        # up to eighths of the batch: few sizes, so that kernels are chosen seldom. Not 0, so that every process has its
+        # gradient, nor 1, for which compiled blocks are compiled again.
         dropped, eighth = u[:, 1] < reference_dropout, max(1, len(u) // 8)
         order, count = dropped.long().argsort(stable=True), int((~dropped).sum())
-        kept, read = order[:count], order[: eighth * max(1, -(-count // eighth))]
-        noise, noise_ref, u, kept, read = (x.to(self.device) for x in (noise, noise_ref[read], u, kept, read))
+        kept, read = order[:count], order[: max(2, eighth * -(-count // eighth))]
+        noise, noise_ref, u, kept, read = (self._sent(x) for x in (noise, noise_ref[read], u, kept, read))
         t = (u[:, 0] * len(self.alphas_cumprod)).long()
         t_ref = t[read] if self.reference_timestep is None else torch.full_like(read, self.reference_timestep)
 
@@ -163,6 +183,10 @@ class BootPIG(PersonalisationModule):
 
         target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)
         return diffusion.loss_per_sample(predicted, target), t
+
+    def _sent(self, drawn: Tensor) -> Tensor:
+        """On the module's device; from pinned memory, as a GPU's work would have to end first otherwise."""
+        return (drawn.pin_memory() if self.device.type == "cuda" else drawn).to(self.device, non_blocking=True)
 
     def _latents(self, target: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """z_0 and z_ref_0, (B, 4, h, w) and (B', K, 4, h, w), by one pass of the VAE where both come as pixels."""

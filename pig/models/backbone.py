@@ -20,6 +20,7 @@ from diffusers import (
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pig import diffusion
@@ -206,6 +207,33 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def image_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Mean and log variance of the VAE's posterior, (B, 8, H/8, W/8), of images (B, 3, H, W) in [-1, 1]."""
     return vae.encode(images.to(vae.dtype)).latent_dist.parameters
+
+
+@torch.no_grad()
+def encoding_flops(backbone: Backbone, resolution: int) -> tuple[int, int]:
+    """FLOPs of the VAE for a picture, and of the text encoder for a caption; counted without computing them."""
+
+    def count(module: nn.Module, given: Tensor) -> int:
+        there = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        blank = {name: torch.empty_like(one, device="meta") for name, one in there.items()}
+        blank = {name: one.float() if one.is_floating_point() else one for name, one in blank.items()}
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(module, blank, (given.to("meta"),))
+        return int(counter.get_total_flops())
+
+    picture = torch.empty(1, 3, resolution, resolution)
+    return count(backbone.vae.encoder, picture), count(backbone.text_encoder, tokenize(backbone.tokenizer, [""]))
+
+
+def inputs_told(backbone: Backbone, resolution: int, encoded: Mapping[str, Any] | None) -> str:
+    """What it costs to encode a training sample, and what encoded shards (`how_encoded`) spare of it, in words."""
+    vae, text = (flops / 1e9 for flops in encoding_flops(backbone, resolution))
+    if not encoded:
+        return (
+            f"VAE and text encoder: {2 * vae + text:,.2f} GFLOP a sample; `python -m data_gen encode` would spare them"
+        )
+    told = f"encoded inputs spare {(2 if encoded['variants'] else 1) * vae + text:,.2f} GFLOP a sample"
+    return told if encoded["variants"] else f"{told}; --variants N would spare the reference's {vae:,.2f} too"
 
 
 def are_moments(vae: AutoencoderKL, pictures: Tensor) -> bool:

@@ -157,7 +157,8 @@ class TwoUNet(nn.Module):
 
         The Reference UNet's batch varies with the references dropped, so sizes stay symbolic.
         """
-        torch._dynamo.config.recompile_limit = 64  # each layer's RSA is one of its own
+        # Of one function: each layer is one of its own, and once more for a batch, or kept references, of 1 and of 0.
+        torch._dynamo.config.recompile_limit = 128
         last = self.reference_unet.get_submodule(self.layers[-1].removesuffix(".attn1"))
         for module in self.modules():
             # An exception ends the pass in the last one.
