@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.training import DEVICE, SIZES, Naive, Ours, autocast, machine_name, now, prepare
+from benchmarks.naive import Naive
+from benchmarks.training import DEVICE, SIZES, Ours, autocast, encode, machine_name, now, prepare
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
@@ -43,7 +45,11 @@ class Setting:
 
     def __init__(self, size: str, folder: Path) -> None:
         self.size, self.folder = size, folder
-        self.base, self.shards, self.encoded = prepare(size, folder, 64)
+        self.base, self.shards = prepare(size, folder, 64)
+
+    @cached_property
+    def encoded(self) -> Path:
+        return encode(self.size, self.base, self.shards)
 
     def batch(self, count: int, encoded: bool = False) -> Batch:
         source = self.encoded if encoded else self.shards

@@ -5,8 +5,7 @@
 
 The same precision in all rows. `toy`: the toy model at 64 px; `sd21`: Stable Diffusion 2.1's true configuration at 512
 px with random weights, for GPUs; `tiny`: the same code at tiny width. FLOPs by torch's counter, the machine's peak by a
-large product. The plain way encodes the caption once for each UNet, runs the Reference UNet to its end, gives samples
-whose references are dropped a Base pass of their own, and reads the loss at every step.
+large product.
 """
 
 from __future__ import annotations
@@ -17,19 +16,18 @@ import json
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks.naive import RATES, Naive
 from benchmarks.random_weights import SD21, random_base, random_networks
 from benchmarks.sampling import flops_of, machine
 from data_gen.encode import encode_shards
@@ -37,100 +35,15 @@ from data_gen.toyworld import draw_triplets
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
-from pig.diffusion import draw
 from pig.methods.base import PRECISIONS, lay_out
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import load_backbone, tokenize
 from pig.models.two_unet import TwoUNet
 
 WAYS = ("naive", "ours", "ours+precomputed")
 SIZES = {"toy": 64, "sd21": 512, "tiny": 64}  # resolution
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILED = DEVICE.type == "cuda"  # on CPUs it gains nothing
-RATES = {"reference_unet": 5e-4, "rsa": 5e-4}  # of configs/bootpig/toyworld.yaml
 console = Console(soft_wrap=True)
-
-
-class Naive(nn.Module):
-    """Algorithm 1 (BootPIG, arXiv 2401.13974) with diffusers' own UNets and scheduler, by hooks."""
-
-    def __init__(self, base: str) -> None:
-        super().__init__()
-        parts = load_backbone(base)
-        self.vae, self.text_encoder, self.tokenizer = parts.vae, parts.text_encoder, parts.tokenizer
-        self.scheduler = DDPMScheduler.from_config(parts.scheduler.config)
-        self.base_unet, self.reference_unet = parts.unet.train(), copy.deepcopy(parts.unet).train()
-        # What is trained is the same as ours; its names are those of a TwoUNet.
-        names = TwoUNet(copy.deepcopy(parts.unet), copy.deepcopy(parts.unet)).trainable_parameters()
-        self.requires_grad_(False)
-        own = dict(self.named_parameters())
-        self.groups = {group: {name: own[name] for name in of} for group, of in names.items()}
-        for parameters in self.groups.values():
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-        self.features: dict[str, Tensor] | None = None
-        self.collected: dict[str, Tensor] = {}
-        for name, layer in self.reference_unet.named_modules():
-            if name.endswith("attn1"):
-                layer.register_forward_pre_hook(lambda _, args, name=name: self.collected.update({name: args[0]}))
-        for name, layer in self.base_unet.named_modules():
-            if name.endswith("attn1"):
-                layer.register_forward_hook(self._rsa(name))
-
-    def _rsa(self, name: str) -> Callable[..., Tensor | None]:
-        """Eq. 2: keys and values of the image's and the reference's features together."""
-
-        def hook(attn: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self.features is None:
-                return None
-            f, both = args[0], torch.cat([args[0], self.features[name]], 1)
-            q, k, v = (
-                x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                for x in (attn.to_q(f), attn.to_k(both), attn.to_v(both))
-            )
-            return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-        return hook
-
-    @torch.no_grad()
-    def _text(self, captions: list[str]) -> Tensor:
-        return self.text_encoder(tokenize(self.tokenizer, captions).to(DEVICE))[0]
-
-    @torch.no_grad()
-    def _latents(self, pictures: Tensor) -> Tensor:
-        return self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
-
-    def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> Tensor:
-        """The mean over the batch, one reference each."""
-        z, z_ref = self._latents(batch.target), self._latents(batch.reference[:, 0])
-        noise, noise_ref, u = (drawn.to(DEVICE) for drawn in draw(batch.seeds, z.shape, z_ref[:, None].shape))
-        t = (u[:, 0] * self.scheduler.config.num_train_timesteps).long()
-        self.collected.clear()
-        self.features = None
-        self.reference_unet(self.scheduler.add_noise(z_ref, noise_ref[:, 0], t), t, self._text(batch.captions))
-        captions = ["" if one < caption_dropout else text for one, text in zip(u[:, 2], batch.captions, strict=True)]
-        text, z_t = self._text(captions), self.scheduler.add_noise(z, noise, t)
-        dropped, predicted = u[:, 1] < reference_dropout, torch.zeros_like(noise)
-        if dropped.any():
-            self.features = None
-            predicted[dropped] = self.base_unet(z_t[dropped], t[dropped], text[dropped]).sample.float()
-        if not dropped.all():
-            self.features = {name: f[~dropped] for name, f in self.collected.items()}
-            predicted[~dropped] = self.base_unet(z_t[~dropped], t[~dropped], text[~dropped]).sample.float()
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return F.mse_loss(predicted, self.scheduler.get_velocity(z, noise, t))
-        return F.mse_loss(predicted, noise)
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([{"params": list(of.values()), "lr": RATES[g]} for g, of in self.groups.items()])
-
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, dropout: float = 0.15) -> float:
-        optimizer.zero_grad()
-        loss = self.loss(batch, dropout, dropout)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for of in self.groups.values() for p in of.values()], 1.0)
-        optimizer.step()
-        return loss.item()
 
 
 class Ours:
@@ -299,17 +212,22 @@ def measured_peak(precision: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def prepare(size: str, folder: Path, count: int) -> tuple[str, Path, Path]:
-    """The base model, and triplets of it, plain and encoded with one variant of each reference."""
-    base, resolution = "toyworld", SIZES[size]
+def prepare(size: str, folder: Path, count: int) -> tuple[str, Path]:
+    """The base model, and triplets."""
+    base, shards = "toyworld", folder / f"triplets_{size}_{count}"
     if size != "toy":
         base = str(folder / f"base_{size}")
         if not (folder / f"base_{size}/model_index.json").exists():
             random_base(size).save_pretrained(base)
-    shards, encoded = folder / f"triplets_{size}", folder / f"encoded_{size}"
-    draw_triplets(shards, count, resolution, per_shard=count)
-    encode_shards([str(shards)], base, encoded, resolution, 1, ReferenceAugmentation(), half=False)
-    return base, shards, encoded
+    draw_triplets(shards, count, SIZES[size], per_shard=count)
+    return base, shards
+
+
+def encode(size: str, base: str, shards: Path) -> Path:
+    """The same encoded, with one variant of each reference."""
+    encoded = shards.with_name(f"encoded_{shards.name}")
+    encode_shards([str(shards)], base, encoded, SIZES[size], 1, ReferenceAugmentation(), half=False)
+    return encoded
 
 
 def counted() -> dict[str, float]:
@@ -352,9 +270,10 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/training.json"))
     chosen = parser.parse_args()
-    base, shards, encoded = prepare(chosen.size, chosen.out.parent, chosen.batch * chosen.steps)
+    base, shards = prepare(chosen.size, chosen.out.parent, chosen.batch * chosen.steps)
+    of = {way: encode(chosen.size, base, shards) if way == "ours+precomputed" else shards for way in chosen.ways}
     peak = measured_peak(chosen.precision)
-    loaded = {way: load(encoded if way == "ours+precomputed" else shards, chosen) for way in chosen.ways}
+    loaded = {way: load(shards, chosen) for way, shards in of.items()}
     batches = {way: of for way, (of, _) in loaded.items()}
     cpu = DEVICE.type == "cpu"
     rows = measure_all(base, batches, chosen.precision, at_once=cpu and chosen.size != "sd21")
@@ -365,8 +284,8 @@ def main() -> None:
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
         row["precision"] = chosen.precision
     chosen.out.write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
-    title = f"{machine_name()}, {chosen.size}, {chosen.precision}; peak {peak / 1e9:.0f} GFLOP/s"
-    columns = ("way", "batch", "samples/s", f"against {rows[0]['way']}", "GFLOP/sample", "of peak", "memory")
+    title = f"{machine_name()}, {chosen.size}, {chosen.precision}; GFLOP of a sample; peak {peak / 1e9:.0f} GFLOP/s"
+    columns = ("way", "batch", "samples/s", "speed", "GFLOP", "of peak", "memory")
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(
@@ -380,10 +299,9 @@ def main() -> None:
         )
     console.print(table)
     stages = ["loader", "VAE", "text", "Reference UNet", "Base UNet", "backward", "optimizer", "rest"]
-    table = Table("ms per sample", *stages, title="by stage")
-    for row in rows:
-        taken = row["seconds_per_sample"]
-        table.add_row(row["way"], *(f"{1000 * taken.get(name, 0.0):.2f}" for name in stages))
+    table = Table("ms per sample", *(row["way"] for row in rows))
+    for stage in stages:
+        table.add_row(stage, *(f"{1000 * row['seconds_per_sample'].get(stage, 0.0):,.2f}" for row in rows))
     console.print(table)
     sd21 = counted()
     console.print("TFLOP at Stable Diffusion 2.1's size: " + ", ".join(f"{n} {v:.3f}" for n, v in sd21.items()))

@@ -19,7 +19,7 @@ import torch
 from conftest import tiny_two_unet
 from lightning.pytorch import Callback, Trainer
 
-from benchmarks.training import Naive
+from benchmarks.naive import Naive
 from data_gen.__main__ import run as data_gen
 from data_gen.toyworld import draw_triplets
 from pig.data.modules import TripletDataModule

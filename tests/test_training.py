@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks import training
-from benchmarks.training import Naive, Ours
+from benchmarks.naive import Naive
+from benchmarks.training import Ours
 from pig.callbacks import EMA, SubjectSamples
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
