@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,12 +49,12 @@ def _is_float(x: object) -> bool:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors on the meta device that are alive, and the most there were."""
+    """Bytes of all tensors on the meta device that are alive, and the most there were; views of `known` are none."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -140,16 +140,18 @@ def memory_table(
     micro = module.micro_size(share)
     with on_meta(module):
         lay_out(module, precision, torch.device(device))
-        weights = sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
+        kept = [*module.parameters(), *module.buffers()]
+        weights = sum(one.nbytes for one in kept)
         trained = list(module.trainable().values())
         gradients = sum(one.nbytes for one in trained)
         batch = blank_batch(module, data, micro)
         if micro < share:  # from the second micro-batch on, gradients are there all along
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
+                kept.append(parameter.grad)
         half = precision == "bf16-mixed"
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half and device == "cpu")  # asked by pig.attention
-        with autocast, Autocast(half, device == "cuda"), LiveBytes() as live:
+        with autocast, Autocast(half, device == "cuda"), LiveBytes(kept) as live:
             # Nothing dropped, on the way that training takes.
             loss, _ = module.loss(batch, 1e-9, 0.0)
             loss = loss.mean()

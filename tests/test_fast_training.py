@@ -318,9 +318,10 @@ def test_variants_are_augmented_once_and_chosen_by_the_samples_seed(toy_data, tm
 # -- memory and compilation --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", [{}, {"gradient_checkpointing": True}, {"micro_batch": 4}], ids=str)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_memory_is_counted_within_15_per_cent_of_what_the_allocator_gives(toy_data, precision) -> None:
-    module = BootPIG("toyworld")
+def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -> None:
+    module = BootPIG("toyworld", **way)
     data = TripletDataModule(str(toy_data / "triplets"), batch_size=8, resolution=64, num_workers=0)
     weights = [parameter.data_ptr() for parameter in module.parameters()]
     table = memory_table(module, data, precision=precision)
@@ -330,7 +331,8 @@ def test_memory_is_counted_within_15_per_cent_of_what_the_allocator_gives(toy_da
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
-            module.loss(batch, 1e-9, 0.0)[0].mean().backward()
+            for part in module.micro_batches(batch):
+                module.loss(part, 1e-9, 0.0)[0].mean().backward()
         module.zero_grad()
 
     step()
@@ -341,7 +343,7 @@ def test_memory_is_counted_within_15_per_cent_of_what_the_allocator_gives(toy_da
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    assert table["activations"] + table["gradients"] == pytest.approx(peak, rel=0.15)
+    assert table["activations"] + table["gradients"] == pytest.approx(peak, rel=0.08)
     assert table["weights"] == sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
     assert table["all"] == sum(size for name, size in table.items() if name != "all")
 

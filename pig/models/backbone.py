@@ -33,6 +33,7 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {}),
 }
 TOYWORLD = "toyworld"
+VAE_PIXELS = 8 * 512**2  # encoded at a time: enough for any device, and less memory than the UNets take
 WEIGHTS = Path(__file__).parents[1] / "toyworld/weights"
 
 
@@ -206,7 +207,8 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 @torch.no_grad()
 def image_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Mean and log variance of the VAE's posterior, (B, 8, H/8, W/8), of images (B, 3, H, W) in [-1, 1]."""
-    return vae.encode(images.to(vae.dtype)).latent_dist.parameters
+    parts = images.split(max(1, VAE_PIXELS // images[0, 0].numel()))
+    return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in parts])
 
 
 @torch.no_grad()
