@@ -57,8 +57,9 @@ class Setting:
         return next(iter(data.train_dataloader())).to(DEVICE)
 
 
-def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str, steps: int = 10) -> Row:
+def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str) -> Row:
     """samples/s and memory; both None where memory ends."""
+    warm, steps = (3, 10) if CUDA else (1, 1)
     row: Row = {"samples_per_second": None, "peak_memory_bytes": None}
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -66,7 +67,7 @@ def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str, steps:
         trained = make()
         optimizer = trained.optimizer()
         with autocast(precision):
-            for _ in range(3):
+            for _ in range(warm):
                 trained.step(optimizer, batch)
             began = now()
             for _ in range(steps):
@@ -148,7 +149,7 @@ def capped(setting: Setting) -> Iterator[Row]:
     module = BootPIG(setting.base, **model)
     data = TripletDataModule(
         str(setting.encoded),
-        batch_size=64,
+        batch_size=64 if CUDA else 8,
         resolution=SIZES[setting.size],
         num_workers=0,
         augmentation=ReferenceAugmentation(),

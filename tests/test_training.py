@@ -12,7 +12,7 @@ from conftest import tiny_unet
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks import training
+from benchmarks import gpu, training
 from benchmarks.naive import Naive
 from benchmarks.training import Ours
 from pig.callbacks import EMA, SubjectSamples
@@ -164,6 +164,25 @@ def test_training_is_measured(tmp_path, monkeypatch, capsys) -> None:
     assert naive > ours > precomputed
     assert found["rows"][0]["seconds_per_sample"]["VAE"] > 0
     assert "VAE" not in found["rows"][2]["seconds_per_sample"]
+
+
+@pytest.fixture(scope="module")
+def gpu_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_every_part_for_a_gpu_starts_at_tiny_width(part, gpu_folder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", part, "--size=tiny", f"--out={gpu_folder}"])
+    gpu.main()
+    rows = json.loads((gpu_folder / f"{part}.json").read_text())["rows"]
+    assert len(rows) == {"ladder": 7, "batches": 6, "steady": 1, "capped": 1, "precision": 3}[part]
+    if part in ("ladder", "batches"):
+        assert min(row["samples_per_second"] for row in rows) > 0
+    elif part == "steady":
+        assert rows[0]["last"] < rows[0]["first"]
+    elif part == "precision":
+        assert rows[0]["relative_difference_of_gradients"] < 0.01  # random weights at this width magnify rounding
 
 
 def test_prediction_type_is_checked_against_the_unet() -> None:
