@@ -16,8 +16,9 @@ SD21: dict[str, Any] = {
     "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
 }
 TINY: dict[str, Any] = {
-    "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": (1, 1, 2, 2)},
-    "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 64},
+    # Groups of several channels: of one alone, at 1x1, GroupNorm would divide by nothing but its epsilon.
+    "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": (1, 1, 2, 2), "norm_num_groups": 8},
+    "vae": {"block_out_channels": (32,) * 4, "layers_per_block": 1, "sample_size": 64, "norm_num_groups": 8},
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
 

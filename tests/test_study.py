@@ -175,7 +175,13 @@ def test_the_command(results, tmp_path) -> None:
         "--port=0",
         "--pairs=3",
     ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore it
+    )
     assert running.stdout is not None
     lines = [running.stdout.readline(), running.stdout.readline()]
     address = re.search(r"http://localhost:\d+", lines[1])[0]

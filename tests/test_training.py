@@ -182,7 +182,8 @@ def test_every_part_for_a_gpu_starts_at_tiny_width(part, gpu_folder, monkeypatch
     elif part == "steady":
         assert rows[0]["last"] < rows[0]["first"]
     elif part == "precision":
-        assert rows[0]["relative_difference_of_gradients"] < 0.01  # random weights at this width magnify rounding
+        exact, theirs, ours = (row["relative_difference_of_gradients"] for row in rows)
+        assert exact < 1e-4 < ours < 2 * theirs
 
 
 def test_prediction_type_is_checked_against_the_unet() -> None:
