@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from pig import diffusion
 from pig.data.transforms import cut_out
@@ -164,14 +164,16 @@ def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any
 
 
 # torch 2.11's counter passes over the attention of CPUs.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
+aten = torch.ops.aten
+for cpus, gpus in (
+    (aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
+    (aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._scaled_dot_product_flash_attention_backward),
+):
+    flop_registry.setdefault(cpus, flop_registry[gpus])
 
 
 def flops_of(work: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
