@@ -7,7 +7,7 @@ width, which starts on a CPU too (nothing is compiled there, which takes longer 
 
 ladder: samples/s and memory at batch 8, from the plain loop in float32 to all that is done, one thing more each time.
 batches: the plain loop and ours with batches of 1, 4, 8, 16 and on until memory ends.
-steady: 200 steps on one batch: the loss stays finite and falls; what is compiled after the first steps.
+steady: 200 steps on one batch: the loss stays finite and falls; then 60 with other dropouts: is anything compiled anew?
 capped: `configs/bootpig/sd21_24gb.yaml`'s model trained by Lightning under a cap of 24 GiB, beside the memory counted.
 precision: gradients in bf16, ours and the plain loop's, against float32; true size runs in 24 GB on a CPU too.
 """
@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,77 +58,86 @@ class Setting:
         return next(iter(data.train_dataloader())).to(DEVICE)
 
 
-def timed(make: Callable[[], Naive | Ours], batch: Batch, precision: str) -> Row:
-    """samples/s and memory; both None where memory ends."""
+def timed(make: Callable[[], Naive | Ours], batches: Iterable[Batch], half: bool) -> Iterator[Row]:
+    """Batch size, samples/s and memory, one by one until memory ends."""
     warm, steps = (3, 10) if CUDA else (1, 1)
-    row: Row = {"samples_per_second": None, "peak_memory_bytes": None}
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
+    trained = optimizer = None
     try:
         trained = make()
         optimizer = trained.optimizer()
-        with autocast(precision):
+        for batch in batches:
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
             for _ in range(warm):
-                trained.step(optimizer, batch)
+                trained.step(optimizer, batch, half)
             began = now()
             for _ in range(steps):
-                trained.step(optimizer, batch)
-            row["samples_per_second"] = steps * len(batch.keys) / (now() - began)
-        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if CUDA else 0
+                trained.step(optimizer, batch, half)
+            speed = steps * len(batch.keys) / (now() - began)
+            most = torch.cuda.max_memory_allocated() if CUDA else 0
+            yield {"batch": len(batch.keys), "samples_per_second": speed, "peak_memory_bytes": most}
     except torch.OutOfMemoryError:
         pass
-    trained = optimizer = None  # type: ignore[assignment]
+    del trained, optimizer
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
-    return row
 
 
 def ladder(setting: Setting) -> Iterator[Row]:
-    def ours(precision: str, laid_out: bool, **model: Any) -> Callable[[], Ours]:
-        return lambda: Ours(setting.base, precision if laid_out else None, **model)
+    def naive() -> Naive:
+        return Naive(setting.base).to(DEVICE)
+
+    def ours(precision: str | None, **model: Any) -> Callable[[], Ours]:
+        return lambda: Ours(setting.base, precision, **model)
 
     half, batch, encoded = "bf16-mixed", setting.batch(8), setting.batch(8, encoded=True)
-    rungs: list[tuple[str, Callable[[], Naive | Ours], str, Batch]] = [
-        ("naive, float32", lambda: Naive(setting.base).to(DEVICE), "32-true", batch),
-        ("naive, bf16", lambda: Naive(setting.base).to(DEVICE), half, batch),
-        ("ours: one pass, stopped early", ours(half, False), half, batch),
-        ("+ frozen bf16, channels_last", ours(half, True), half, batch),
-        ("+ compiled blocks", ours(half, True, compile=CUDA), half, batch),
-        ("+ encoded shards: all", ours(half, True, compile=CUDA), half, encoded),
-        ("all, gradient checkpointing", ours(half, True, compile=CUDA, gradient_checkpointing=True), half, encoded),
+    rungs: list[tuple[str, Callable[[], Naive | Ours], bool, Batch]] = [
+        ("naive, float32", naive, False, batch),
+        ("naive, bf16", naive, True, batch),
+        ("ours: one pass, stopped early", ours(None), True, batch),
+        ("+ frozen bf16, channels_last", ours(half), True, batch),
+        ("+ compiled blocks", ours(half, compile=CUDA), True, batch),
+        ("+ encoded shards: all", ours(half, compile=CUDA), True, encoded),
+        ("all, gradient checkpointing", ours(half, compile=CUDA, gradient_checkpointing=True), True, encoded),
     ]
-    for name, make, precision, of in rungs:
-        yield {"way": name, "batch": 8, **timed(make, of, precision)}
+    for name, make, in_bf16, of in rungs:
+        for row in timed(make, [of], in_bf16):
+            yield {"way": name, **row}
 
 
 def batches(setting: Setting) -> Iterator[Row]:
+    def ours() -> Ours:
+        return Ours(setting.base, "bf16-mixed", compile=CUDA)
+
     ways: dict[str, tuple[Callable[[], Naive | Ours], bool]] = {
+        "ours+precomputed": (ours, True),
+        "ours": (ours, False),
         "naive": (lambda: Naive(setting.base).to(DEVICE), False),
-        "ours": (lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), False),
-        "ours+precomputed": (lambda: Ours(setting.base, "bf16-mixed", compile=CUDA), True),
     }
+    counts = (4, 8, 16, 1, 32, 64) if CUDA else (4, 1)  # 1 is compiled anew
     for way, (make, encoded) in ways.items():
-        for count in (1, 4, 8, 16, 32, 64) if CUDA else (1, 4):
-            row = {"way": way, "batch": count, **timed(make, setting.batch(count, encoded), "bf16-mixed")}
-            yield row
-            if row["samples_per_second"] is None:
-                break
+        for row in timed(make, (setting.batch(count, encoded) for count in counts), half=True):
+            yield {"way": way, **row}
 
 
 def steady(setting: Setting) -> Iterator[Row]:
+    """First one batch with one noise, then the same pictures with another noise and other dropouts at each step."""
     trained, batch = Ours(setting.base, "bf16-mixed", compile=CUDA), setting.batch(8, encoded=True)
     optimizer, losses, compiled = trained.optimizer(), [], []
     counted = torch._dynamo.utils.counters["stats"]
-    with autocast("bf16-mixed"):
-        for _ in range(200 if CUDA else 20):
-            losses.append(trained.step(optimizer, batch))
-            compiled.append(counted["unique_graphs"])
+    fixed, varied = (200, 60) if CUDA else (20, 6)
+    for _ in range(fixed):
+        losses.append(trained.step(optimizer, batch, half=True))
+    for turn in range(varied):
+        losses.append(trained.step(optimizer, replace(batch, seeds=batch.seeds + turn), half=True))
+        compiled.append(counted["unique_graphs"])
     curve = torch.stack(losses).tolist()
     assert torch.tensor(curve).isfinite().all()
-    assert curve[-1] < curve[0]
-    half = len(curve) // 2
-    yield {"first": curve[0], "half": curve[half], "last": curve[-1], "compiled_late": compiled[-1] - compiled[half]}
+    last = curve[fixed - 1]
+    assert last < 0.9 * curve[0]
+    late = compiled[-1] - compiled[varied // 2]
+    yield {"first": curve[0], "half": curve[fixed // 2], "last": last, "graphs": compiled[-1], "compiled_late": late}
 
 
 class FromSecondStep(Callback):
@@ -169,8 +179,9 @@ def precision(setting: Setting) -> Iterator[Row]:
 
     def gradients(trained: Naive | Ours, way: str) -> torch.Tensor:
         gc.collect()  # hooks keep the one before alive
-        with autocast(way):
-            trained.loss(batch, 0.3, 0.3).backward()
+        with autocast(way == "bf16-mixed"):
+            loss = trained.loss(batch, 0.3, 0.3)
+        loss.backward()
         if isinstance(trained, Ours):
             found = {name.removeprefix("net."): p.grad for name, p in trained.module.trainable().items()}
         else:

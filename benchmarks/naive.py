@@ -98,9 +98,11 @@ class Naive(nn.Module):
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([{"params": list(of.values()), "lr": RATES[g]} for g, of in self.groups.items()])
 
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, dropout: float = 0.15) -> float:
+    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, half: bool, dropout: float = 0.15) -> float:
+        """half: forward pass in bf16."""
         optimizer.zero_grad()
-        loss = self.loss(batch, dropout, dropout)
+        with torch.autocast(self.vae.device.type, torch.bfloat16, enabled=half):
+            loss = self.loss(batch, dropout, dropout)
         loss.backward()
         nn.utils.clip_grad_norm_([p for of in self.groups.values() for p in of.values()], 1.0)
         optimizer.step()

@@ -4,8 +4,8 @@
         [--ways naive ours ours+precomputed] [--out runs/bench/training.json]
 
 The same precision in all rows. `toy`: the toy model at 64 px; `sd21`: Stable Diffusion 2.1's true configuration at 512
-px with random weights, for GPUs; `tiny`: the same code at tiny width. FLOPs by torch's counter, the machine's peak by a
-large product.
+px with random weights, the default on a GPU; `tiny`: the same code at tiny width. FLOPs by torch's counter, the
+machine's peak by a large product.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class Ours:
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> Tensor:
         return self.module.loss(batch, reference_dropout, caption_dropout)[0].mean()
 
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, dropout: float = 0.15) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, half: bool, dropout: float = 0.15) -> Tensor:
         size, parts = len(batch.keys), batch.split(self.module.micro_batch or len(batch.keys))
         losses = []
         for part in parts:
-            loss = self.loss(part, dropout, dropout) * (len(part.keys) / size)
+            with autocast(half):
+                loss = self.loss(part, dropout, dropout) * (len(part.keys) / size)
             loss.backward()
             losses.append(loss.detach())
         nn.utils.clip_grad_norm_(list(self.module.trainable().values()), 1.0)
@@ -74,8 +75,9 @@ class Ours:
         return torch.stack(losses).sum()
 
 
-def autocast(precision: str) -> Any:
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+def autocast(half: bool) -> Any:
+    """As Lightning has it; to be left before the next step, as it may keep what it made of the weights."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 class Stages:
@@ -116,32 +118,31 @@ class Run:
 
     def __init__(self, way: str, base: str, batches: list[Batch], precision: str) -> None:
         self.trained = Naive(base).to(DEVICE) if way == "naive" else Ours(base, precision, compile=COMPILED)
-        self.batches, self.precision = [batch.to(DEVICE) for batch in batches], precision
+        self.batches, self.half = [batch.to(DEVICE) for batch in batches], precision == "bf16-mixed"
         self.optimizer = self.trained.optimizer()
 
     def timed_step(self, turn: int) -> float:
-        with autocast(self.precision):
-            began = now()
-            self.trained.step(self.optimizer, self.batches[turn])
-            return now() - began
+        began = now()
+        self.trained.step(self.optimizer, self.batches[turn], self.half)
+        return now() - began
 
     def measure(self) -> dict[str, Any]:
         """FLOPs of a step, its stages, and the most memory it took; after some steps."""
         size, steps, most = len(self.batches[0].keys), len(self.batches), memory()
-        with autocast(self.precision):
-            flops = [flops_of(partial(self.trained.step, self.optimizer, one)) for one in self.batches]
-            stages = Stages(self.trained)
-            for one in self.batches:
-                stages.start("forward")
+        flops = [flops_of(partial(self.trained.step, self.optimizer, one, self.half)) for one in self.batches]
+        stages = Stages(self.trained)
+        for one in self.batches:
+            stages.start("forward")
+            with autocast(self.half):
                 loss = self.trained.loss(one, 0.15, 0.15)
-                stages.stop("forward")
-                stages.start("backward")
-                loss.backward()
-                stages.stop("backward")
-                stages.start("optimizer")
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                stages.stop("optimizer")
+            stages.stop("forward")
+            stages.start("backward")
+            loss.backward()
+            stages.stop("backward")
+            stages.start("optimizer")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            stages.stop("optimizer")
         seconds = {name: taken / steps / size for name, taken in stages.seconds.items()}
         parts = {"VAE", "text", "Reference UNet", "Base UNet"} & set(seconds)
         seconds["rest"] = seconds.pop("forward") - sum(seconds[part] for part in parts)
@@ -263,8 +264,9 @@ def machine_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="toy")
-    parser.add_argument("--batch", type=int, default=32)
+    cpu = DEVICE.type == "cpu"
+    parser.add_argument("--size", choices=SIZES, default="toy" if cpu else "sd21")
+    parser.add_argument("--batch", type=int, default=32 if cpu else 8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -275,7 +277,6 @@ def main() -> None:
     peak = measured_peak(chosen.precision)
     loaded = {way: load(shards, chosen) for way, shards in of.items()}
     batches = {way: of for way, (of, _) in loaded.items()}
-    cpu = DEVICE.type == "cpu"
     rows = measure_all(base, batches, chosen.precision, at_once=cpu and chosen.size != "sd21")
     for row in rows:
         loading = loaded[row["way"]][1] if cpu else 0.0  # beside a GPU other processes load meanwhile

@@ -21,7 +21,7 @@ from data_gen.errors import DiskFullError, WorkerDiedError
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.data.transforms import ReferenceAugmentation
-from pig.errors import InputError
+from pig.errors import InputError, find_input_error
 
 STAGES = ("captions", "images", "masks", "quality", "shards")
 
@@ -145,9 +145,6 @@ def run(arguments: list[str]) -> None:
 def main() -> None:
     try:
         run(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except (DiskFullError, WorkerDiedError) as error:
         print(f"error: {error}. Finished shards are kept; start again to go on", file=sys.stderr)
         sys.exit(1)
@@ -159,6 +156,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped; finished shards are kept, start again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        mistake = find_input_error(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

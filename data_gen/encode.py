@@ -121,6 +121,10 @@ def encode_shards(
         raise InputError(f"--out {out} is the folder of the shards themselves: name another")
     if any(shard.stats.encoded for shard in found):
         raise InputError(f"the shards of {shards} are encoded already: name the triplets that they were made of")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made a folder: {error.strerror}") from error
     if variants < 0:
         raise InputError(f"--variants must be at least 0, got {variants}")
     encoder = Encoder(base, resolution, variants, augmentation, half)

@@ -3,12 +3,14 @@ checkpoints are written."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -141,13 +143,39 @@ class SubjectSamples(Callback):
             sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")
 
 
-class AsyncCheckpoints(AsyncCheckpointIO):
-    """Checkpoints written while training goes on, from a copy on the CPU. (Lightning's own takes it on the GPU, which
-    may have no room for weights and moments twice.)"""
+class AsyncCheckpoints(TorchCheckpointIO):
+    """Checkpoints written while training goes on, one at a time, from a copy on the CPU. (Lightning's own takes copies
+    on the GPU, which may have no room for weights and moments twice, and as many as are waiting.)"""
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().cpu())
-        super().save_checkpoint(checkpoint, path, storage_options)
+        self.teardown()
+        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._writing = self._writer.submit(super().save_checkpoint, copy, path, storage_options)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.teardown()
+        return super().load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.teardown()
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Wait until the last one is written; its error is raised here."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+class ProgressBar(RichProgressBar):
+    """Shows what the module has fetched for it (`PersonalisationModule.shown`), so that no step waits for the GPU."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {**super().get_metrics(trainer, pl_module), **getattr(pl_module, "shown", {})}
 
 
 class SaveImages(Callback):

@@ -33,7 +33,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pig.app import app
 from pig.data.modules import TripletDataModule
-from pig.errors import InputError
+from pig.errors import find_input_error
 from pig.evaluation.benchmark import evaluate
 from pig.evaluation.compare import compare
 from pig.evaluation.study import study
@@ -158,13 +158,6 @@ def main() -> None:
         message = re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(mistake)).strip()
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def find_input_error(error: BaseException | None) -> InputError | None:
-    """The user's mistake behind an error: jsonargparse wraps what the classes it instantiates raise."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 if __name__ == "__main__":

@@ -21,3 +21,10 @@ def check_ranges(**settings: tuple[float, float, float]) -> None:
 def check_named(name: str, value: object, known: Sequence[object]) -> None:
     if value not in known:
         raise InputError(f"{name} {value!r} is none of {', '.join(str(one) for one in known if one is not None)}")
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """The user's mistake behind an error: jsonargparse wraps what the classes it instantiates raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error

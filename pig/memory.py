@@ -107,7 +107,7 @@ def blank_batch(module: BootPIG, data: TripletDataModule, size: int) -> Batch:
     """A batch of the shape that the data will have, on the meta device."""
     vae, side = module.backbone.vae, data.resolution
     pixels, moments = (3, side, side), (2 * vae.config.latent_channels, *[side // vae_scale(vae)] * 2)
-    encoded = data.encoded()
+    encoded = data.encoded()[0]
     text = (size, module.backbone.tokenizer.model_max_length, module.backbone.text_encoder.config.hidden_size)
     reference = moments if encoded and encoded["variants"] else pixels
     return Batch(
@@ -131,9 +131,9 @@ def memory_table(
     processes: int = 1,
     ema: bool = False,
 ) -> dict[str, int]:
-    """Bytes in each process: weights, gradients, optimizer, activations (of a micro-batch, at the peak), and all.
+    """Bytes in each process: weights, gradients, optimizer, activations (of a micro-batch, at the peak), inputs, all.
 
-    By count, for `torch.compile` off; what libraries take for themselves is not in it (CUDA: some 0.5 GB).
+    By count, without `torch.compile`; what libraries take for themselves is not in it (CUDA: some 0.5 GB).
     """
     _ = module.encoders_digest
     share = -(-data.batch_size // processes)
@@ -164,11 +164,13 @@ def memory_table(
             "adamw_8bit": sum(states_8bit(one) for one in trained),
             "adamw_sharded": 2 * gradients // processes,
         }[module.optimizer_name]
+    inputs = [one for one in (batch.target, batch.reference, batch.text) if one is not None]
     rows = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": max(0, peak - gradients),
+        "inputs": sum(one.nbytes for one in inputs) * share // micro,
     }
     if processes > 1:
         rows["gradients to exchange"] = gradients  # DistributedDataParallel's buckets
@@ -191,7 +193,8 @@ def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None
     ema = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     rows = memory_table(module, data, precision=trainer.precision, device=device.type, processes=processes, ema=ema)
     share = -(-data.batch_size // processes)
-    show(rows, f"memory in each process, micro-batch {module.micro_size(share)} of {share}")
+    uncompiled = ", without torch.compile" if module.hparams["compile"] else ""
+    show(rows, f"memory in each process, micro-batch {module.micro_size(share)} of {share}{uncompiled}")
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
         print(f"the device has {there / 2**30:.1f} GiB")

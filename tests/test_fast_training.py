@@ -20,8 +20,10 @@ from conftest import tiny_two_unet
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.naive import Naive
+from data_gen.__main__ import main
 from data_gen.__main__ import run as data_gen
 from data_gen.toyworld import draw_triplets
+from pig.callbacks import ProgressBar
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
@@ -106,6 +108,26 @@ def test_gradients_are_those_of_the_plain_loop(toy_data, encoded, expected, way,
     watch = Watch()
     fit(toy_data / inputs, watch, **way)
     check(watch.gradients, expected)
+
+
+def test_lightnings_accumulation_gives_the_same_gradients(toy_data, expected) -> None:
+    watch = Watch()
+    fit(toy_data / "triplets", watch, 4, {"accumulate_grad_batches": 2}, micro_batch=3)
+    check(watch.gradients, expected)
+
+
+def test_the_progress_bar_asks_for_nothing_between_the_logged_steps(toy_data) -> None:
+    seen = []
+
+    class Asked(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: BootPIG, *_: Any) -> None:
+            assert not trainer.progress_bar_metrics  # each would be fetched from the GPU
+            seen.append(ProgressBar().get_metrics(trainer, pl_module).get("loss"))
+
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
+    Trainer(max_steps=4, log_every_n_steps=2, callbacks=[Asked()], **QUIET).fit(BootPIG("toyworld"), data)
+    assert seen[:2] == [None, None]
+    assert seen[2] == seen[3] > 0
 
 
 def test_bf16_is_as_near_to_float32_as_the_plain_loop_is(toy_data, expected) -> None:
@@ -260,10 +282,17 @@ def wait_until(ready: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
+def test_out_of_memory_on_one_of_two_processes_halves_its_micro_batch(toy_data, tmp_path, monkeypatch) -> None:
+    """Found in steps without exchange, as nobody can begin again within one."""
+    short_of_memory(monkeypatch, 1, "backward")
+    fit(toy_data / "triplets", Watch(tmp_path), 3, {"strategy": "ddp_fork", "devices": 2, "max_steps": 3})
+    assert [(tmp_path / f"steps{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+
+
 # -- encoded shards ----------------------------------------------------------------------------------------------------
 
 
-def test_encoding_resumes_and_refuses_to_mix(toy_data, encoded, capsys) -> None:
+def test_encoding_resumes_and_refuses_to_mix(toy_data, encoded, capsys, monkeypatch) -> None:
     files = {path: path.stat().st_mtime_ns for path in encoded.glob("*.tar")}
     assert len(files) == 4
     torn = sorted(files)[1]
@@ -279,6 +308,13 @@ def test_encoding_resumes_and_refuses_to_mix(toy_data, encoded, capsys) -> None:
         data_gen([*command, "--variants=2"])
     with pytest.raises(InputError, match="encoded already"):
         data_gen([*command[:1], str(encoded), *command[2:3], f"--out={toy_data / 'twice'}"])
+    (toy_data / "file").touch()
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        data_gen([*command[:3], f"--out={toy_data / 'file'}"])
+    monkeypatch.setattr("sys.argv", ["data_gen", *command, "--variants=1", "--augmentation.scale=[0.9,0.2]"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "augmentation.scale must satisfy" in capsys.readouterr().err
     with pytest.raises(InputError, match="the folder of the shards themselves"):
         data_gen([*command[:3], f"--out={toy_data / 'triplets'}"])
 
@@ -292,6 +328,11 @@ def test_encoded_shards_of_another_base_are_refused(toy_data, encoded) -> None:
     other.vae.encoder.conv_in.weight.data += 1e-3
     with pytest.raises(InputError, match="encoded by another base model"):
         other.loss(batch, 0.0, 0.0)
+    data = TripletDataModule(
+        str(toy_data / "triplets"), val_shards=str(encoded), batch_size=2, resolution=64, num_workers=0
+    )
+    with pytest.raises(InputError, match="encoded by another base model"):  # before the first step
+        Trainer(max_steps=1, limit_val_batches=0, **QUIET).fit(other, data)
     with pytest.raises(InputError, match="encoded at 64 px, data.resolution is 128"):
         TripletDataModule(str(encoded), batch_size=2, resolution=128, num_workers=0).train_dataloader()
     both = TripletDataModule([str(encoded), str(toy_data / "triplets")], batch_size=2, resolution=64, num_workers=0)

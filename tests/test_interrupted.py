@@ -84,7 +84,7 @@ def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_sharded"])
 def test_every_optimizer_goes_on_from_a_checkpoint(toy_data, tmp_path, optimizer) -> None:
-    def fit(steps: int, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+    def fit(steps: int, checkpoint: Path | None = None, optimizer: str = optimizer) -> dict[str, torch.Tensor]:
         module = BootPIG("toyworld", optimizer=optimizer)
         data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
         trainer = Trainer(
@@ -109,6 +109,9 @@ def test_every_optimizer_goes_on_from_a_checkpoint(toy_data, tmp_path, optimizer
     found = fit(4, tmp_path / "step=2.ckpt")
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
+    if optimizer == "adamw_8bit":
+        with pytest.raises(InputError, match="the state of model.optimizer=adamw_8bit, which adamw cannot go on with"):
+            fit(4, tmp_path / "step=2.ckpt", "adamw")
 
 
 def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupted) -> None:

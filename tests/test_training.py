@@ -126,8 +126,8 @@ def test_dropouts_do_what_they_say(module, toy_data) -> None:
 def test_a_step_equals_that_of_algorithm_1_written_plainly(toy_data, dropout) -> None:
     """Loss, and all weights after one optimizer step, against diffusers' own scheduler and UNets with hooks."""
     batch, naive, ours = make_batch(toy_data), Naive("toyworld"), Ours("toyworld")
-    expected = naive.step(naive.optimizer(), batch, dropout)
-    assert float(ours.step(ours.optimizer(), batch, dropout)) == pytest.approx(expected, abs=1e-6)
+    expected = naive.step(naive.optimizer(), batch, False, dropout)
+    assert float(ours.step(ours.optimizer(), batch, False, dropout)) == pytest.approx(expected, abs=1e-6)
     weights = {name: weight for group in naive.groups.values() for name, weight in group.items()}
     before, moved = dict(BootPIG("toyworld").named_parameters()), 0
     assert {f"net.{name}" for name in weights} == set(ours.module.trainable())

@@ -295,9 +295,9 @@ class TripletDataModule(LightningDataModule):
         self.augmentation = augmentation or ReferenceAugmentation()
         self.seed, self.shuffle_block, self.max_bad_samples = seed, shuffle_block, max_bad_samples
 
-    def encoded(self) -> Mapping[str, Any] | None:
-        """How the training shards were encoded, if they were."""
-        return how_encoded(find_shards(self.shards)[0])
+    def encoded(self) -> list[Mapping[str, Any] | None]:
+        """How the training and the validation shards were encoded; None: they were not."""
+        return [how_encoded(find_shards(spec)[0]) for spec in (self.shards, self.val_shards) if spec]
 
     def prepare_data(self) -> None:
         """Look at the first sample of some shards, before anything long starts."""

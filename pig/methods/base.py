@@ -114,6 +114,8 @@ class PersonalisationModule(LightningModule):
         self._losses: list[Tensor] = []  # of their samples
         self._norms: dict[str, Tensor] = {}  # of each group's gradients
         self.skipped_steps = 0
+        self.shown: dict[str, float] = {}  # on the progress bar; fetched at the steps that are logged
+        self._rehearsed = 0
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and timestep of each sample, both (B,)."""
@@ -189,14 +191,26 @@ class PersonalisationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["pig_method"] = type(self).__name__
+        checkpoint["pig_optimizer"] = self.optimizer_name
+        checkpoint["pig_skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("pig_optimizer", self.optimizer_name)
+        if (saved == "adamw_8bit") != (self.optimizer_name == "adamw_8bit"):
+            raise InputError(
+                f"the checkpoint holds the state of model.optimizer={saved}, which {self.optimizer_name} cannot go on "
+                "with: resume with the same one"
+            )
+        self.skipped_steps = checkpoint.get("pig_skipped_steps", 0)
 
     def log_by_timestep(self, prefix: str, loss: Tensor, t: Tensor) -> None:
         """Log the mean of `loss` (B,) and its means over the four quarters of the timesteps that occur."""
-        size = len(loss)
-        self.log(f"{prefix}/loss", loss.mean(), prog_bar=True, batch_size=size, sync_dist=prefix != "train")
+        size, training = len(loss), prefix == "train"
+        # What a progress bar shows is fetched from the GPU at every step: `shown` is instead.
+        self.log(f"{prefix}/loss", loss.mean(), prog_bar=not training, batch_size=size, sync_dist=not training)
         for quarter in range(4):
             inside = (t // 250 == quarter).float()
-            if prefix == "train":  # NaN where the batch has no such timestep
+            if training:  # NaN where the batch has no such timestep
                 self.log(f"{prefix}/loss_t{250 * quarter:03d}", (loss * inside).sum() / inside.sum(), batch_size=size)
 
     def setup(self, stage: str) -> None:
@@ -228,9 +242,20 @@ class PersonalisationModule(LightningModule):
         """The mean loss; its gradients are there. Only where processes exchange gradients the last micro-batch's are
         not: that is done in the backward pass which Lightning starts."""
         self._batches.append(batch)
+        exchanged = isinstance(self.trainer.strategy.model, DistributedDataParallel)
+        # In an exchange nobody can begin again, so two steps are first done without: before and after the optimizer
+        # has taken its memory.
+        rehearsals = 2 if exchanged and self.trainer.accumulate_grad_batches == 1 else 0
         while True:
             try:
-                return self._accumulate()
+                while self._rehearsed < rehearsals:
+                    self._accumulate(exchanged=False)
+                    self.zero_grad(set_to_none=True)
+                    self._rehearsed += 1
+                loss, losses, t = self._accumulate(exchanged)
+                self._losses.append(losses)
+                self.log_by_timestep("train", losses, t)
+                return loss
             except torch.OutOfMemoryError as error:
                 self._halve(error)
             # Outside of `except`, whose traceback would keep the tensors alive.
@@ -249,7 +274,14 @@ class PersonalisationModule(LightningModule):
         """Lightning would do it between `training_step` and `backward`; it is done behind the step instead."""
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+        try:
+            super().optimizer_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory for the optimizer's state: set model.optimizer=adamw_8bit, or adamw_sharded. {error}"
+            ) from error
+        if self.optimizer_name == "adamw_8bit":  # which leaves the weights contiguous
+            lay_out(self, self.trainer.precision, self.device)
         self._clear()
 
     def micro_size(self, share: int) -> int:
@@ -259,11 +291,10 @@ class PersonalisationModule(LightningModule):
     def micro_batches(self, batch: Batch) -> list[Batch]:
         return batch.split(self.micro_size(len(batch.keys)))
 
-    def _accumulate(self) -> Tensor:
-        """Forward and backward passes of the newest batch."""
-        batch, found = self._batches[-1], []
-        parts = self.micro_batches(batch)
-        exchanged = isinstance(self.trainer.strategy.model, DistributedDataParallel)
+    def _accumulate(self, exchanged: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward passes of the newest batch, but for the last backward pass if gradients are exchanged
+        in it. Returns the loss to be returned, and loss and timestep of each sample."""
+        found, parts = [], self.micro_batches(self._batches[-1])
         for part in parts:
             loss, t = self.training_loss(part)
             # Processes' gradients are averaged, each of its share of the batch.
@@ -271,10 +302,8 @@ class PersonalisationModule(LightningModule):
             found.append((loss.detach(), t))
             if not exchanged or part is not parts[-1]:
                 (share / self.trainer.accumulate_grad_batches).backward()
-        losses, ts = (torch.cat(column) for column in zip(*found, strict=True))
-        self._losses.append(losses)
-        self.log_by_timestep("train", losses, ts)
-        return share if exchanged else losses.mean()
+        losses, t = (torch.cat(column) for column in zip(*found, strict=True))
+        return share if exchanged else losses.mean(), losses, t
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         size = self.micro_size(len(self._batches[-1].keys))
@@ -325,7 +354,7 @@ class PersonalisationModule(LightningModule):
     ) -> None:
         """Clip the norm over all groups. (Lightning's own refuses fused optimizers, for the sake of loss scaling.)"""
         if gradient_clip_algorithm not in (None, "norm"):
-            raise InputError(f"trainer.gradient_clip_algorithm must be norm, got {gradient_clip_algorithm}")
+            raise InputError("trainer.gradient_clip_algorithm must be norm")
         if gradient_clip_val:
             norm = torch.stack(list(self._norms.values())).norm()
             nn.utils.clip_grads_with_norm_(self.trainable().values(), gradient_clip_val, norm)
@@ -350,7 +379,9 @@ class PersonalisationModule(LightningModule):
         self._samples += self._global_batch()
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             now = time.perf_counter()
-            self.log("samples_per_second", self._samples / (now - self._since), prog_bar=True, batch_size=1)
+            speed = self._samples / (now - self._since)
+            self.log("samples_per_second", speed, batch_size=1)
+            self.shown = {"loss": float(self.trainer.callback_metrics["train/loss"]), "samples/s": speed}
             self._samples, self._since = 0, now
             if self.device.type == "cuda":
                 gib = torch.cuda.max_memory_allocated(self.device) / 2**30

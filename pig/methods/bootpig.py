@@ -27,6 +27,7 @@ from pig.models.backbone import (
     inputs_told,
     latent_shape,
     load_backbone,
+    sent,
 )
 from pig.models.two_unet import TwoUNet
 from pig.pipelines.bootpig import BootPIGPipeline, ReferenceCaption, reference_prompt
@@ -110,7 +111,17 @@ class BootPIG(PersonalisationModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             _ = self.encoders_digest  # of the weights as loaded, before any is rounded
+            data = self.trainer.datamodule
+            for encoded in data.encoded() if data else ():
+                self._check_encoded(encoded and encoded["base"])
         super().setup(stage)
+
+    def _check_encoded(self, by: str | None) -> None:
+        if by not in (None, self.encoders_digest):
+            raise InputError(
+                f"these shards were encoded by another base model ({by[:12]}) than {self.base!r} "
+                f"({self.encoders_digest[:12]}): train on that one, or encode the triplets again"
+            )
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -149,11 +160,7 @@ class BootPIG(PersonalisationModule):
 
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
-        if batch.encoded_by is not None and batch.encoded_by != self.encoders_digest:
-            raise InputError(
-                f"these shards were encoded by another base model ({batch.encoded_by[:12]}) than {self.base!r} "
-                f"({self.encoders_digest[:12]}): train on that one, or encode the triplets again"
-            )
+        self._check_encoded(batch.encoded_by)
         noise, noise_ref, u = diffusion.draw(
             batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, batch.reference)
         )
@@ -163,7 +170,7 @@ class BootPIG(PersonalisationModule):
         dropped, eighth = u[:, 1] < reference_dropout, max(1, len(u) // 8)
         order, count = dropped.long().argsort(stable=True), int((~dropped).sum())
         kept, read = order[:count], order[: max(2, eighth * -(-count // eighth))]
-        noise, noise_ref, u, kept, read = (self._sent(x) for x in (noise, noise_ref[read], u, kept, read))
+        noise, noise_ref, u, kept, read = (sent(x, self.device) for x in (noise, noise_ref[read], u, kept, read))
         t = (u[:, 0] * len(self.alphas_cumprod)).long()
         t_ref = t[read] if self.reference_timestep is None else torch.full_like(read, self.reference_timestep)
 
@@ -183,10 +190,6 @@ class BootPIG(PersonalisationModule):
 
         target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)
         return diffusion.loss_per_sample(predicted, target), t
-
-    def _sent(self, drawn: Tensor) -> Tensor:
-        """On the module's device; from pinned memory, as a GPU's work would have to end first otherwise."""
-        return (drawn.pin_memory() if self.device.type == "cuda" else drawn).to(self.device, non_blocking=True)
 
     def _latents(self, target: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """z_0 and z_ref_0, (B, 4, h, w) and (B', K, 4, h, w), by one pass of the VAE where both come as pixels."""

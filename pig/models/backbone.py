@@ -168,6 +168,11 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
+def sent(made: Tensor, device: torch.device) -> Tensor:
+    """What was made on the CPU, there; from pinned memory, as a GPU's work would have to end first otherwise."""
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
 def encoders_digest(backbone: Backbone) -> str:
     """Changes with any weight of VAE or text encoder, and with the tokenizer: with what encoded shards depend on."""
     found = hashlib.sha256(str(sorted(backbone.tokenizer.get_vocab().items())).encode())
@@ -189,7 +194,7 @@ def weights_digest(model: nn.Module) -> str:
 @torch.no_grad()
 def encode_text(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     """Text embeddings (B, L, D): the text encoder's last hidden state."""
-    ids = tokenize(backbone.tokenizer, texts).to(backbone.text_encoder.device)
+    ids = sent(tokenize(backbone.tokenizer, texts), backbone.text_encoder.device)
     return backbone.text_encoder(ids)[0]
 
 
