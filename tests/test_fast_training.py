@@ -284,9 +284,12 @@ def wait_until(ready: Callable[[], bool], seconds: float) -> None:
 
 def test_out_of_memory_on_one_of_two_processes_halves_its_micro_batch(toy_data, tmp_path, monkeypatch) -> None:
     """Found in steps without exchange, as nobody can begin again within one."""
-    short_of_memory(monkeypatch, 1, "backward")
-    fit(toy_data / "triplets", Watch(tmp_path), 3, {"strategy": "ddp_fork", "devices": 2, "max_steps": 3})
-    assert [(tmp_path / f"steps{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+    tried, watch = short_of_memory(monkeypatch, 1, "backward"), Watch(tmp_path)
+    watch.on_fit_end = lambda trainer, module: (tmp_path / f"tried{trainer.global_rank}").write_text(str(tried))
+    fit(toy_data / "triplets", watch, 3, {"strategy": "ddp_fork", "devices": 2, "max_steps": 3})
+    # Its shares are of 1 and of 2. Two of the three steps are rehearsed.
+    assert (tmp_path / "tried0").read_text() == str([1] * 5)
+    assert (tmp_path / "tried1").read_text() == str([2] + [1, 1] * 5)
 
 
 # -- encoded shards ----------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class PersonalisationModule(LightningModule):
         self._norms: dict[str, Tensor] = {}  # of each group's gradients
         self.skipped_steps = 0
         self.shown: dict[str, float] = {}  # on the progress bar; fetched at the steps that are logged
-        self._rehearsed = 0
+        self._steps = self._rehearsed = 0  # in this run
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and timestep of each sample, both (B,)."""
@@ -243,12 +243,12 @@ class PersonalisationModule(LightningModule):
         not: that is done in the backward pass which Lightning starts."""
         self._batches.append(batch)
         exchanged = isinstance(self.trainer.strategy.model, DistributedDataParallel)
-        # In an exchange nobody can begin again, so two steps are first done without: before and after the optimizer
-        # has taken its memory.
-        rehearsals = 2 if exchanged and self.trainer.accumulate_grad_batches == 1 else 0
+        # In an exchange nobody can begin again, so two steps are first done without: the first, and the second, when
+        # the optimizer has taken its memory.
+        rehearse = exchanged and self.trainer.accumulate_grad_batches == 1
         while True:
             try:
-                while self._rehearsed < rehearsals:
+                if rehearse and self._rehearsed == self._steps < 2:
                     self._accumulate(exchanged=False)
                     self.zero_grad(set_to_none=True)
                     self._rehearsed += 1
@@ -282,6 +282,7 @@ class PersonalisationModule(LightningModule):
             ) from error
         if self.optimizer_name == "adamw_8bit":  # which leaves the weights contiguous
             lay_out(self, self.trainer.precision, self.device)
+        self._steps += 1
         self._clear()
 
     def micro_size(self, share: int) -> int:
