@@ -135,7 +135,7 @@ def steady(setting: Setting) -> Iterator[Row]:
     curve = torch.stack(losses).tolist()
     assert torch.tensor(curve).isfinite().all()
     last = curve[fixed - 1]
-    assert last < 0.9 * curve[0]
+    assert last < 0.95 * curve[0]
     late = compiled[-1] - compiled[varied // 2]
     yield {"first": curve[0], "half": curve[fixed // 2], "last": last, "graphs": compiled[-1], "compiled_late": late}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -40,6 +41,7 @@ def random_networks(config: dict[str, Any], words: int) -> tuple[UNet2DCondition
 def random_base(size: Literal["sd21", "tiny"]) -> StableDiffusionPipeline:
     """All parts, ready for `save_pretrained`. The words are the toy world's, padded to Stable Diffusion's 77."""
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base/tokenizer", model_max_length=77)
+    torch.manual_seed(0)
     unet, vae, text = random_networks(SD21 if size == "sd21" else TINY, len(tokenizer))
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = UniPCMultistepScheduler(prediction_type="epsilon")
