@@ -63,9 +63,8 @@ class Ours:
         return self.module.loss(batch, reference_dropout, caption_dropout)[0].mean()
 
     def step(self, optimizer: torch.optim.Optimizer, batch: Batch, half: bool, dropout: float = 0.15) -> Tensor:
-        size, parts = len(batch.keys), batch.split(self.module.micro_batch or len(batch.keys))
-        losses = []
-        for part in parts:
+        size, losses = len(batch.keys), []
+        for part in self.module.micro_batches(batch):
             with autocast(half):
                 loss = self.loss(part, dropout, dropout) * (len(part.keys) / size)
             loss.backward()

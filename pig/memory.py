@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from pig.callbacks import EMA
-from pig.data.modules import TripletDataModule
+from pig.data.modules import TripletDataModule, largest_share
 from pig.data.schema import Batch
 from pig.methods.base import lay_out
 from pig.methods.bootpig import BootPIG
@@ -136,7 +136,7 @@ def memory_table(
     By count, without `torch.compile`; what libraries take for themselves is not in it (CUDA: some 0.5 GB).
     """
     _ = module.encoders_digest
-    share = -(-data.batch_size // processes)
+    share = largest_share(data.batch_size, processes)
     micro = module.micro_size(share)
     with on_meta(module):
         lay_out(module, precision, torch.device(device))
@@ -192,7 +192,7 @@ def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None
     device, processes = trainer.strategy.root_device, trainer.world_size
     ema = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     rows = memory_table(module, data, precision=trainer.precision, device=device.type, processes=processes, ema=ema)
-    share = -(-data.batch_size // processes)
+    share = largest_share(data.batch_size, processes)
     uncompiled = ", without torch.compile" if module.hparams["compile"] else ""
     show(rows, f"memory in each process, micro-batch {module.micro_size(share)} of {share}{uncompiled}")
     if device.type == "cuda":

@@ -82,7 +82,7 @@ class TripletDataset(IterableDataset[Batch]):
             steps, self.share = total // batch_size, end - begin
             self.span = (steps * begin, steps * end)
         else:
-            self.share = -(-batch_size // world_size)
+            self.share = largest_share(batch_size, world_size)
             self.span = (rank * total // world_size, (rank + 1) * total // world_size)
 
     def _check_encoded(self, encoded: Mapping[str, Any]) -> None:
@@ -249,6 +249,11 @@ class ResumableLoader(DataLoader[Batch]):
                 "with the same ones, or start a new run from the weights"
             )
         self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+def largest_share(batch_size: int, world_size: int) -> int:
+    """Samples of a step that a process takes, where they cannot be shared evenly the most that one takes."""
+    return -(-batch_size // world_size)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from pig.data.modules import largest_share
 from pig.data.schema import Batch
 from pig.errors import InputError, check_named
 
@@ -228,7 +229,7 @@ class PersonalisationModule(LightningModule):
     def _tell_split(self) -> None:
         world, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         size = self._global_batch()
-        micro = self.micro_size(share := -(-size // world))
+        micro = self.micro_size(share := largest_share(size, world))
         split = f"processes {world} x micro-batches {-(-share // micro) * accumulated} x samples {micro}"
         rest = "" if size % (world * micro) == 0 else " at most"
         rank_zero_info(f"global batch {size * accumulated}: {split}{rest}")
