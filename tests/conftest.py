@@ -9,8 +9,18 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from data_gen.__main__ import run as data_gen
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.models.two_unet import TwoUNet
+
+# A Trainer that leaves nothing behind.
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+}
 
 
 def tiny_unet(*, linear: bool = False, heads: int | tuple[int, ...] = 2, seed: int = 0) -> UNet2DConditionModel:
@@ -64,3 +74,11 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_triplets(folder / "val", 8, 64, first_seed=2_000_000_000)
     draw_subjects(folder / "subjects", 12, 64)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoded(toy_data: Path) -> Path:
+    """`triplets/` as the toy model's encoders see them; references untouched."""
+    out = toy_data / "encoded"
+    data_gen(["encode", str(toy_data / "triplets"), "--base=toyworld", f"--out={out}", "--resolution=64"])
+    return out
