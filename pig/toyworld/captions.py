@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from tokenizers import models, pre_tokenizers
@@ -68,12 +68,18 @@ def caption_of(facts: Sequence[int]) -> tuple[str, Facts]:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges that make every word of the toy captions one token, any other word pieces.
+    """Every word of the toy captions is one token."""
+    return tokenizer_of(
+        {*CATEGORIES, *COLOURS, *" ".join(scene.BACKGROUNDS.values()).split(), "a", "photo", "of", ",", "."}
+    )
+
+
+def tokenizer_of(words: Collection[str]) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with merges that make each of these words one token, any other word pieces.
 
     Not by the library's trainer: it breaks ties by the order of a hash map, which differs between processors. The end
     token has the largest id, as in CLIP: `CLIPTextModel` may pool there by `argmax`.
     """
-    words = {*CATEGORIES, *COLOURS, *" ".join(scene.BACKGROUNDS.values()).split(), "a", "photo", "of", ",", "."}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     merges: list[tuple[str, str]] = []

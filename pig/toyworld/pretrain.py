@@ -58,13 +58,17 @@ def main() -> None:
         pack_bootpig(args.work / "bootpig/fit/checkpoints/last.ckpt", args.out / "bootpig")
         return
     torch.manual_seed(0)
-    stage = make_stage(args.stage, args.out)
-    last = args.work / args.stage / "last.ckpt"
+    train(make_stage(args.stage, args.out), args.stage, args.out, args.work)
+
+
+def train(stage: Stage, name: str, out: Path, work: Path) -> None:
+    """Run a stage, from its last checkpoint in `work` if there is one, and write what it has learnt into `out`."""
+    last = work / name / "last.ckpt"
     trainer = Trainer(
         max_steps=stage.steps,
         precision="bf16-mixed",
         gradient_clip_val=1.0,
-        logger=CSVLogger(args.work, name=args.stage),
+        logger=CSVLogger(work, name=name),
         accelerator="auto",
         devices=1,
         callbacks=[
@@ -74,7 +78,7 @@ def main() -> None:
         ],
     )
     trainer.fit(stage, ckpt_path=last if last.exists() else None, weights_only=True)
-    stage.eval().cpu().save(args.out)
+    stage.eval().cpu().save(out)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ class Stage(LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.dataset(), self.batch_size, shuffle=True, drop_last=True)
 
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, as a share of `lr`."""
+        length = self.steps // self.cycles
+        since = step % length if step < self.steps else length
+        return min(1.0, (since + 1) / 200) * 0.5 * (1 + math.cos(math.pi * since / length))
+
     def configure_optimizers(self) -> Any:
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-
-        def factor(step: int) -> float:
-            length = self.steps // self.cycles
-            since = step % length if step < self.steps else length
-            return min(1.0, (since + 1) / 200) * 0.5 * (1 + math.cos(math.pi * since / length))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

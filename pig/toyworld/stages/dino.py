@@ -26,7 +26,7 @@ class DINOStage(Stage):
     """
 
     steps, batch_size, lr = 2000, 96, 1e-3
-    views, temperature = 4, 0.1
+    subjects, views, temperature = 6000, 4, 0.1
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class DINOStage(Stage):
         return images.view(count, views, *images.shape[1:])
 
     def dataset(self) -> Dataset[Any]:
-        return TensorDataset(self.scenes(6000, 0, self.views))
+        return TensorDataset(self.scenes(self.subjects, 0, self.views))
 
     @staticmethod
     def pixels(images: Tensor) -> Tensor:

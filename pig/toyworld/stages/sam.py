@@ -29,6 +29,7 @@ class SAMStage(Stage):
 
     steps, batch_size, lr = 4000, 16, 1e-3
     size = SamSize(image=SIZE, patch=4, width=96, depth=4, heads=4, prompt_width=64)
+    drawn = 16_000
     points = 3  # prompts of one point a picture; the last lies on the background
 
     def __init__(self, base: Path) -> None:
@@ -48,7 +49,7 @@ class SAMStage(Stage):
 
     @torch.no_grad()
     def dataset(self) -> Dataset[Any]:
-        images, masks = self.scenes(16_000, first_seed=0)
+        images, masks = self.scenes(self.drawn, first_seed=0)
         vae = self.frozen["vae"].to(self.device)
         for start in tqdm(range(0, len(images), 128), desc="VAE", mininterval=5):
             chunk = images[start : start + 64].to(self.device).float() / 127.5 - 1

@@ -26,11 +26,12 @@ class VAEStage(Stage):
 
     steps, batch_size, lr = 3200, 16, 2e-3
     anchor, noise = 0.2, 0.05
+    channels, scenes = (32, 64, 64), 16_000
 
     def __init__(self) -> None:
         super().__init__()
         self.vae = AutoencoderKL(
-            block_out_channels=(32, 64, 64),
+            block_out_channels=self.channels,
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
             layers_per_block=1,
@@ -39,8 +40,13 @@ class VAEStage(Stage):
             mid_block_add_attention=False,
         )
 
+    @staticmethod
+    def pictures(count: int, first_seed: int) -> Tensor:
+        """(count, 3, SIZE, SIZE) uint8."""
+        return random_scenes(count, first_seed=first_seed)[0]
+
     def dataset(self) -> Dataset[Any]:
-        return TensorDataset(random_scenes(16_000, first_seed=0)[0])
+        return TensorDataset(self.pictures(self.scenes, 0))
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images = batch[0].float() / 127.5 - 1
@@ -60,7 +66,7 @@ class VAEStage(Stage):
 
     @torch.no_grad()
     def save(self, out: Path) -> None:
-        images = random_scenes(256, first_seed=scene.HELD_OUT_SEED)[0].float() / 127.5 - 1
+        images = self.pictures(256, scene.HELD_OUT_SEED).float() / 127.5 - 1
         latents = self.vae.encode(images).latent_dist.mean
         self.vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
         decoded = self.vae.decode(latents).sample.clamp(-1, 1)
