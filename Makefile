@@ -43,7 +43,7 @@ eval: .venv/.ready ## draw the toy benchmark (MODEL=DIR: by a model of yours), s
 	$(BIN)/python -W ignore -m pig.cli generate --subjects runs/eval/subjects --out runs/eval/images_$(notdir $(MODEL)) \
 		--model $(MODEL) --images_per_prompt 2 --steps 12
 	$(BIN)/python -W ignore -m pig.cli generate --subjects runs/eval/subjects --out runs/eval/text_only \
-		--text_only toyworld --text_guidance 3 --images_per_prompt 2 --steps 12
+		--model base:toyworld --text_guidance 3 --images_per_prompt 2 --steps 12
 	$(BIN)/python -W ignore -m pig.cli evaluate --config configs/evaluation/toyworld.yaml --out runs/eval \
 		--images runs/eval/images_$(notdir $(MODEL)) --text_only runs/eval/text_only --subjects runs/eval/subjects
 
@@ -76,7 +76,8 @@ toyworld-weights: .venv/.ready ## train the embedded models again from nothing (
 	$(BIN)/python -m data_gen subjects --out $(WEIGHTS_RUN)/data/subjects
 	$(BIN)/python -m pig.cli fit --config $(CONFIG) --config configs/bootpig/toyworld_weights.yaml \
 		$(if $(wildcard $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt),--ckpt_path $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt)
-	$(BIN)/python -m pig.toyworld.pretrain bootpig
+	$(BIN)/python -m pig.cli export --checkpoint $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt --delta --half \
+		--out pig/toyworld/weights/bootpig
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -23,11 +23,12 @@ from rich.console import Console
 
 from benchmarks.sweep import USUAL, brackets
 from data_gen.toyworld import draw_subjects, draw_triplets
+from pig.commands.generate import cut_out_all, draw_jobs
 from pig.data.subjects import read_subjects
 from pig.demo import held_out_jobs, toy_scorer
-from pig.generate import cut_out_all, draw_jobs
+from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG
-from pig.pipelines import BootPIGPipeline
+from pig.sampling.pipeline import SubjectPipeline
 from pig.toyworld import scene
 
 CONFIG = "configs/bootpig/toyworld.yaml"
@@ -115,7 +116,7 @@ def score_all(out: Path) -> Found:
     jobs = held_out_jobs(subjects, IMAGE_SEEDS)
     scorer = toy_scorer(out / "eval")
 
-    def score(pipeline: BootPIGPipeline, references: int, folder: Path) -> dict[str, list[float]]:
+    def score(pipeline: SubjectPipeline, references: int, folder: Path) -> dict[str, list[float]]:
         cutouts = cut_out_all(subjects, references)
         draw_jobs(pipeline, jobs, cutouts, folder, USUAL, batch_size=12)
         return scorer.score(folder, subjects).per_subject()
@@ -124,7 +125,7 @@ def score_all(out: Path) -> Found:
         each = []
         for seed in TRAINING_SEEDS:
             run = folder_of(out, name, seed)
-            pipeline = BootPIGPipeline.from_pretrained(run / "export")
+            pipeline = load_pipeline(run / "export")
             each.append(score(pipeline, references, run / f"images_{references}"))
         return {name: [fmean(pair) for pair in zip(*(one[name] for one in each), strict=True)] for name in each[0]}
 

@@ -33,8 +33,8 @@ from benchmarks.training import DEVICE, SIZES, Ours, autocast, encode, machine_n
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
-from pig.memory import memory_table
 from pig.methods.bootpig import BootPIG
+from pig.training.memory import memory_table
 
 CUDA = DEVICE.type == "cuda"
 Row = dict[str, Any]

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from pig.data.schema import Batch
 from pig.diffusion import draw
+from pig.methods.bootpig import TwoUNet
 from pig.models.backbone import load_backbone, tokenize
-from pig.models.two_unet import TwoUNet
 
 RATES = {"reference_unet": 5e-4, "rsa": 5e-4}  # of configs/bootpig/toyworld.yaml
 
@@ -76,8 +76,10 @@ class Naive(nn.Module):
 
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> Tensor:
         """The mean over the batch."""
-        z, z_ref = self._latents(batch.target), self._latents(batch.reference[:, 0])
-        noise, noise_ref, u = (drawn.to(z.device) for drawn in draw(batch.seeds, z.shape, z_ref[:, None].shape))
+        z, z_ref = self._latents(batch.target), self._latents(batch.references()[:, 0])
+        noise, noise_ref, u = (
+            drawn.to(z.device) for drawn in draw(batch.seeds, z.shape, z_ref[:, None].shape, uniforms=3)
+        )
         t = (u[:, 0] * self.scheduler.config.num_train_timesteps).long()
         self.collected.clear()
         self.features = None

@@ -30,11 +30,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from pig import diffusion
+from pig.attention.merged import MergedReferences
 from pig.data.transforms import cut_out
-from pig.methods.bootpig import BootPIG
+from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 from pig.models.backbone import decode_latents
-from pig.models.two_unet import TwoUNet
-from pig.pipelines import BootPIGPipeline
 from pig.toyworld import scene
 
 PROMPTS = [f"a photo of a mug, {phrase}" for phrase in list(scene.BACKGROUNDS.values())[:5]]
@@ -57,12 +56,12 @@ def image_text_guidance(e_uncond: Tensor, e_im: Tensor, e_text_im: Tensor, eta_i
 @torch.no_grad()
 def naive(pipeline: BootPIGPipeline, references: list[Any], steps: int, seeds: list[int]) -> Tensor:
     """The pipeline's pictures with fixed noise and the object's caption, drawn one by one by Eq. 3 and 4."""
-    model, scheduler, images = pipeline.model, pipeline.scheduler, []
+    model, scheduler, images = pipeline.network, pipeline.scheduler, []
     side = pipeline.base_unet.config.sample_size * 4
-    z_ref = pipeline._encode_references([cut_out(one) for one in references], side)
-    empty = pipeline._encode_text([""])
+    z_ref = pipeline.encode_references([cut_out(one) for one in references], side)
+    empty = pipeline.encode_text([""])
     for prompt in PROMPTS:
-        text, caption = pipeline._encode_text([prompt]), pipeline._encode_text([prompt.split(",")[0]])
+        text, caption = pipeline.encode_text([prompt]), pipeline.encode_text([prompt.split(",")[0]])
         for seed in seeds:
             scheduler.set_timesteps(steps)
             latents = torch.randn(1, *z_ref.shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -94,8 +93,8 @@ def our_step(
     count = len(latents)
     features = model.encode_reference(z_ref_t[None], t.view(1), caption)
     conditions = torch.cat([empty.expand_as(text), empty.expand_as(text), text])
-    projected = model.project(features, plain=count, branches=2)
-    return model.sample(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, projected)[0]
+    references = MergedReferences(features, plain=count, branches=2, first_layer=model.layers[0])
+    return model.sample(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, references)[0]
 
 
 def toy_pipeline(references: int) -> tuple[BootPIGPipeline, list[Image.Image]]:
@@ -123,12 +122,12 @@ def ours(
 @torch.no_grad()
 def plain(pipeline: BootPIGPipeline, images: int, steps: int) -> None:
     """The base model with classifier-free guidance."""
-    text = pipeline._encode_text(PROMPTS).repeat_interleave(images, 0)
-    both = torch.cat([pipeline._encode_text([""]).expand_as(text), text])
+    text = pipeline.encode_text(PROMPTS).repeat_interleave(images, 0)
+    both = torch.cat([pipeline.encode_text([""]).expand_as(text), text])
     pipeline.scheduler.set_timesteps(steps)
     latents = torch.randn(len(text), 4, 16, 16)
     for t in pipeline.scheduler.timesteps:
-        e, e_text = pipeline.model(latents.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
+        e, e_text = pipeline.network(latents.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
         latents = pipeline.scheduler.step(e + 3 * (e_text - e), t, latents, return_dict=False)[0]
     for one in latents.split(1):
         decode_latents(pipeline.vae, one)

@@ -19,11 +19,12 @@ import transformers
 from rich.console import Console
 
 from data_gen.toyworld import draw_subjects
+from pig.commands.generate import cut_out_all, draw_jobs
 from pig.data.subjects import read_subjects
 from pig.demo import held_out_jobs, toy_scorer
 from pig.evaluation.figures import Point, plane_svg
 from pig.evaluation.statistics import interval
-from pig.generate import cut_out_all, draw_jobs, load_pipeline
+from pig.methods import load_pipeline
 
 SEEDS = (0, 1, 2)
 USUAL: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
@@ -90,8 +91,8 @@ def main() -> None:
     for table in rows.values():
         for name, (references, scheduler, settings) in table.items():
             folder = out / name.replace("/", "-").replace(" ", "_").replace(":", "").replace("%", "pc")
-            pipeline.use_scheduler(scheduler)  # type: ignore[arg-type]
-            draw_jobs(pipeline, jobs, cutouts[references], folder, {**USUAL, **settings}, batch_size=12)
+            told = {**USUAL, "scheduler": scheduler, **settings}
+            draw_jobs(pipeline, jobs, cutouts[references], folder, told, batch_size=12)
             found[name] = scorer.score(folder, subjects).per_subject()
             console.print(f"{name}: DINO {fmean(found[name]['dino']):.3f}  CLIP-T {fmean(found[name]['clip_t']):.3f}")
     (out / "sweep.json").write_text(json.dumps(found, indent=1))

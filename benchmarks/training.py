@@ -35,9 +35,9 @@ from data_gen.toyworld import draw_triplets
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
-from pig.methods.base import PRECISIONS, lay_out
-from pig.methods.bootpig import BootPIG
-from pig.models.two_unet import TwoUNet
+from pig.methods.bootpig import BootPIG, TwoUNet
+from pig.training.module import PRECISIONS
+from pig.training.optimizers import lay_out
 
 WAYS = ("naive", "ours", "ours+precomputed")
 SIZES = {"toy": 64, "sd21": 512, "tiny": 64}  # resolution
@@ -60,7 +60,8 @@ class Ours:
         return self.module.configure_optimizers()
 
     def loss(self, batch: Batch, reference_dropout: float, caption_dropout: float) -> Tensor:
-        return self.module.loss(batch, reference_dropout, caption_dropout)[0].mean()
+        self.module.dropout = {"reference": reference_dropout, "caption": caption_dropout}
+        return self.module.losses(batch, training=True)[0].mean()
 
     def step(self, optimizer: torch.optim.Optimizer, batch: Batch, half: bool, dropout: float = 0.15) -> Tensor:
         size, losses = len(batch.keys), []

@@ -1,51 +1,47 @@
-"""The one command line: `python -m pig.cli SUBCOMMAND`.
-
-    fit | validate | test | predict   LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it
-    generate                          draw a subject with a trained model, or a whole benchmark
-    app                               the same on a page in the browser
-    evaluate                          score a folder of generated images: tables and a report
-    compare                           two of these results: paired differences, images side by side
-    study                             two of these results before people's eyes
-    export                            a checkpoint -> a loadable model folder
-
-`python -m pig.cli SUBCOMMAND --help` lists the arguments.
-"""
+"""The one command line: `python -m pig.cli COMMAND`; `python -m pig.cli COMMAND --help` lists a command's arguments."""
 
 from __future__ import annotations
 
 import ctypes
-import inspect
 import logging
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-import docstring_parser
 import jsonargparse
 import transformers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pig.app import app
-from pig.data.modules import TripletDataModule
-from pig.errors import find_input_error
-from pig.evaluation.benchmark import evaluate
-from pig.evaluation.compare import compare
-from pig.evaluation.study import study
-from pig.generate import generate
-from pig.memory import print_memory
-from pig.methods.base import PersonalisationModule, load_checkpoint
-from pig.methods.bootpig import BootPIG
+from pig.arguments import parse
+from pig.data.modules import PersonalisationData
+from pig.errors import InputError, find_input_error
+from pig.training.checkpoints import load_checkpoint
+from pig.training.memory import print_memory
+from pig.training.module import PersonalisationModule
 
 PR_SET_PDEATHSIG = 1
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+# Command -> the function that does it, imported when it runs, and what it is for.
+COMMANDS = {
+    "generate": ("pig.commands.generate:generate", "draw a subject with any model, or a whole benchmark"),
+    "app": ("pig.commands.app.serve:app", "the same on a page in the browser"),
+    "evaluate": ("pig.evaluation.benchmark:evaluate", "score a folder of generated images: tables and a report"),
+    "compare": ("pig.evaluation.compare:compare", "two of these results: paired differences, images side by side"),
+    "study": ("pig.evaluation.study:study", "two of these results before people's eyes"),
+    "export": ("pig.commands.export:export", "a checkpoint or a model -> a model folder, whole or as a delta"),
+}
+# Names of the command line that are gone: command -> flag -> what to give instead.
+GONE = {"generate": {"text_only": "--model base:NAME"}}
 
 
 class CLI(LightningCLI):
@@ -54,8 +50,9 @@ class CLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         super().__init__(
             PersonalisationModule,
-            TripletDataModule,
+            PersonalisationData,
             subclass_mode_model=True,
+            subclass_mode_data=True,
             parser_kwargs={"parser_mode": "omegaconf+", "description": __doc__},
             save_config_kwargs={"overwrite": True},
             args=args,
@@ -79,56 +76,29 @@ class CLI(LightningCLI):
             load_checkpoint(Path(path))
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint of `fit` as a pipeline folder (safetensors only); its EMA weights, if it has any.
-
-    Args:
-        checkpoint: a `.ckpt` file of `fit`.
-        out: folder for `BootPIGPipeline.from_pretrained`.
-    """
-    BootPIG.from_checkpoint(checkpoint).pipeline().save_pretrained(out)
-    print(f"{checkpoint} -> {out}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "generate": generate,
-    "evaluate": evaluate,
-    "compare": compare,
-    "study": study,
-    "export": export,
-    "app": app,
-}
+def overview() -> str:
+    """All commands, a line each."""
+    rows = {" | ".join(LIGHTNING): "LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it"}
+    rows |= {name: what for name, (_, what) in COMMANDS.items()}
+    lines = [f"  {name:<33} {what}" for name, what in rows.items()]
+    return "\n".join(["python -m pig.cli COMMAND ...", "", *lines, "", str(__doc__).partition("; ")[2]])
 
 
 def run(args: list[str]) -> Any:
-    if not args or args[0] not in COMMANDS:
-        sys.argv[1:] = [re.sub("^--print-memory", "--print_memory", word) for word in args]
-        return CLI()
-    command = COMMANDS[args[0]]
-    parser = jsonargparse.ArgumentParser(prog=f"python -m pig.cli {args[0]}", description=command.__doc__)
-    parser.add_argument("--config", action="config", help="a YAML file with any of these arguments")
-    # Lists as everyone types them, `--references a.jpg b.jpg`; jsonargparse's own form is `[a.jpg,b.jpg]`.
-    hints = get_type_hints(command)
-    kinds = {name: kind for name, hint in hints.items() for kind in (hint, *get_args(hint)) if get_origin(kind) is list}
-    lists = {name: get_args(kind)[0] for name, kind in kinds.items()}
-    switches = {name for name, hint in hints.items() if hint is bool}
-    parameters = inspect.signature(command).parameters
-    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY]
-    for parameter in docstring_parser.parse(command.__doc__ or "").params:
-        if parameter.arg_name in positional:
-            kind = lists[parameter.arg_name]
-            parser.add_argument(parameter.arg_name, nargs="+", type=kind, help=parameter.description)
-        elif parameter.arg_name in lists:
-            kind = lists[parameter.arg_name]
-            parser.add_argument(f"--{parameter.arg_name}", nargs="+", type=kind, help=parameter.description)
-        elif parameter.arg_name in switches:
-            parser.add_argument(f"--{parameter.arg_name}", action="store_true", help=parameter.description)
-    parser.add_function_arguments(command, as_positional=False, skip={*lists, *switches})
-    # `--save-references` is `--save_references`, with or without `=...`.
-    given = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args[1:]]
-    told = {name: value for name, value in parser.parse_args(given).as_dict().items() if name != "config"}
-    first = [told.pop(name) for name in positional]
-    return command(*first, **told)
+    command = args[0] if args else "--help"
+    if command in COMMANDS:
+        for flag, instead in GONE.get(command, {}).items():
+            if any(re.match(rf"--{flag}(=|$)", word.replace("-", "_").replace("__", "--", 1)) for word in args):
+                raise InputError(f"--{flag} is gone: give {instead}")
+        function, values = parse(f"python -m pig.cli {command}", COMMANDS[command][0], args[1:])
+        return function(**values)
+    if command in ("-h", "--help"):
+        print(overview())
+        return None
+    if not command.startswith("-") and command not in LIGHTNING:
+        raise InputError(f"no command {command!r}; there are: {', '.join((*LIGHTNING, *COMMANDS))}")
+    sys.argv[1:] = [re.sub("^--print-memory", "--print_memory", word) for word in args]
+    return CLI()
 
 
 def main() -> None:

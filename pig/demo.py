@@ -26,6 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from pig.commands.generate import cut_out_all, draw_jobs
 from pig.data.grids import labelled_grid
 from pig.data.images import MANIFEST, Job, save_generated
 from pig.data.schema import Batch
@@ -36,7 +37,7 @@ from pig.evaluation.benchmark import Scorer
 from pig.evaluation.figures import curve_svg, read_curve
 from pig.evaluation.report import write_report
 from pig.evaluation.tables import means_table
-from pig.generate import cut_out_all, draw_jobs, load_pipeline
+from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import TOYWORLD
 from pig.models.encoders import load_clip, load_dino
@@ -46,7 +47,7 @@ CONFIG = Path("configs/bootpig/toyworld.yaml")
 TRAINING_STEPS, BATCH_SIZE = 600, 32  # as in CONFIG; a test compares them
 TRIPLETS, SUBJECTS, SEEDS = 8000, 24, (0, 1)
 SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
-BASE = {**SAMPLING, "strength": 0.0, "text_guidance": 3.0}  # the base model: without references, its usual guidance
+BASE = {"text_guidance": 3.0, "num_inference_steps": 20}  # the base model's usual guidance
 SAMPLING_BATCH = 8
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
 COLUMNS = (
@@ -131,7 +132,7 @@ def announce(triplets: Path | None) -> None:
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = module.loss(batch, 0.0, 0.0)
+            loss, _ = module.losses(batch, training=False)
         loss.mean().backward()
         per_step = time.perf_counter() - began
     pipeline = module.pipeline()
@@ -179,7 +180,7 @@ def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     jobs = held_out_jobs(subjects, SEEDS)
     untrained, trained = BootPIG(TOYWORLD).pipeline(), load_pipeline(out / "export")
     for name, pipeline, references, settings in (
-        ("no_reference", untrained, 1, BASE),
+        ("no_reference", load_pipeline(f"base:{TOYWORLD}"), 1, BASE),
         ("untrained", untrained, 1, SAMPLING),
         ("trained_1_reference", trained, 1, SAMPLING),
         ("trained_3_references", trained, 3, SAMPLING),

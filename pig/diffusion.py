@@ -39,7 +39,7 @@ def loss_per_sample(predicted: Tensor, wanted: Tensor) -> Tensor:
     return (predicted.float() - wanted.float()).square().flatten(1).mean(1)
 
 
-def draw(seeds: Tensor, *shapes: Sequence[int]) -> tuple[Tensor, ...]:
+def draw(seeds: Tensor, *shapes: Sequence[int], uniforms: int) -> tuple[Tensor, ...]:
     """All that a training step draws by chance, each sample's from its own seed alone.
 
     So neither the other samples of a batch, nor the split over processes, nor an interruption changes anything.
@@ -47,13 +47,14 @@ def draw(seeds: Tensor, *shapes: Sequence[int]) -> tuple[Tensor, ...]:
     Args:
         seeds: (B,) int64.
         shapes: of the noises, each (B, ...).
+        uniforms: how many uniform numbers each sample needs.
 
     Returns:
-        A standard normal tensor for each shape, and (B, 3) uniform in [0, 1): all float32 on the CPU.
+        A standard normal tensor for each shape, and (B, uniforms) uniform in [0, 1): all float32 on the CPU.
     """
     rows = []
     for seed in seeds.tolist():
         generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(3, generator=generator)
+        uniform = torch.rand(uniforms, generator=generator)
         rows.append([*(torch.randn(shape[1:], generator=generator) for shape in shapes), uniform])
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))

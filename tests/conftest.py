@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from data_gen.__main__ import run as data_gen
 from data_gen.toyworld import draw_subjects, draw_triplets
-from pig.models.two_unet import TwoUNet
+from pig.commands import generate as commands
+from pig.data.schema import Batch
+from pig.methods import load_pipeline
+from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 
 # A Trainer that leaves nothing behind.
 QUIET = {
@@ -21,6 +26,33 @@ QUIET = {
     "enable_checkpointing": False,
     "accelerator": "cpu",
 }
+
+
+def embedded() -> BootPIGPipeline:
+    """The BootPIG that ships with the package."""
+    pipeline = load_pipeline("toyworld", "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, BootPIGPipeline)
+    return pipeline
+
+
+def losses(module: BootPIG, batch: Batch, reference: float, caption: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and timestep of each sample at these dropouts."""
+    module.dropout = {"reference": reference, "caption": caption}
+    return module.losses(batch, training=True)
+
+
+def generate(out: Path, model: str = "toyworld", **flags: Any) -> None:
+    """`generate` with the flags of its command line."""
+    groups = {
+        name: kind(**{one.name: flags.pop(one.name) for one in dataclasses.fields(kind) if one.name in flags})
+        for name, kind in (
+            ("what", commands.Subjects),
+            ("cutting_out", commands.CuttingOut),
+            ("output", commands.Output),
+        )
+    }
+    commands.generate(out, model, **groups, settings=flags)
 
 
 def tiny_unet(*, linear: bool = False, heads: int | tuple[int, ...] = 2, seed: int = 0) -> UNet2DConditionModel:

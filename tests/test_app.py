@@ -132,7 +132,7 @@ def test_cancel(page, photo) -> None:
     give(page, photo)
     page.locator("#cutouts img").first.wait_for()
     page.get_by_role("button", name="Controls").click()
-    set_number(page, "number input for Steps", 100)
+    set_number(page, "number input for Num inference steps", 100)
     draw(page, "a photo of a mug, in space")
     said(page, "step .* of 100")
     page.get_by_role("button", name="Cancel").click()
@@ -170,7 +170,7 @@ def test_what_users_get_wrong_is_said_and_the_page_lives_on(page, photo, tmp_pat
     said(page, "an empty prompt")
     set_number(page, "number input for Images", 1)
     page.get_by_role("button", name="Controls").click()
-    set_number(page, "number input for Steps", 2)
+    set_number(page, "number input for Num inference steps", 2)
     draw(page, "a photo of a mug")
     images(page).first.wait_for()
 

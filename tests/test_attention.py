@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +11,11 @@ from conftest import tiny_two_unet
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from pig.attention import pool_references, reference_self_attention, self_attention, self_attention_layers
-from pig.models.two_unet import TwoUNet
+from pig.attention.install import self_attention_layers
+from pig.attention.merged import MergedReferences
+from pig.attention.products import self_attention
+from pig.attention.reference import pool_references, reference_self_attention
+from pig.methods.bootpig import TwoUNet
 
 POOLINGS = ("softmax", "argmax", "mean", "concat")
 
@@ -68,7 +70,7 @@ def test_sampling_in_one_batch_equals_branch_by_branch(base_unet, pooling, refer
     each = {name: f.repeat_interleave(images, 0) for name, f in features.items()}
     empty = empty.expand_as(text)
     expected = [net(latents, t, empty), net(latents, t, empty, each), net(latents, t, text, each)]
-    projected = net.project(features, plain=count, branches=2)
+    projected = MergedReferences(features, plain=count, branches=2, first_layer=net.layers[0])
     found, _ = net.sample(latents.repeat(3, 1, 1, 1), t.repeat(3), torch.cat([empty, empty, text]), projected)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
@@ -87,8 +89,7 @@ def test_sampling_with_references_dropped_per_sample(base_unet, inputs, pooling,
     expected = predict(net, inputs, kept, kept=torch.arange(dropped, 3))
     given = None
     if dropped < 3:
-        given = net.project(kept, plain=dropped)
-        given = replace(given, alike_at=None)  # these are no branches of the same latents
+        given = MergedReferences(kept, plain=dropped)  # no `first_layer`: these are no branches of the same latents
     found, _ = net.sample(inputs["latents"], t, inputs["text"], given)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

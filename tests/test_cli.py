@@ -71,7 +71,7 @@ def test_ablations_tell_fit_what_they_are_called(monkeypatch, tmp_path, name) ->
 
 def test_the_papers_setting() -> None:
     paper = yaml.safe_load(Path("configs/bootpig/sd21.yaml").read_text())
-    model, trainer, data = paper["model"]["init_args"], paper["trainer"], paper["data"]
+    model, trainer, data = paper["model"]["init_args"], paper["trainer"], paper["data"]["init_args"]
     assert (model["lr_reference"], model["lr_rsa"]) == (5e-6, 1e-6)
     assert (model["reference_dropout"], model["caption_dropout"]) == (0.15, 0.15)
     assert (trainer["max_steps"], trainer["gradient_clip_val"], data["batch_size"]) == (10000, 1.0, 64)
@@ -79,14 +79,14 @@ def test_the_papers_setting() -> None:
 
 def test_short_overrides_and_interpolation(monkeypatch, tmp_path) -> None:
     made = parse(monkeypatch, f"--config={TOY}", f"--run={tmp_path}", "--model.reference_dropout=0.3")
-    assert made.model.reference_dropout == 0.3
+    assert made.model.dropout["reference"] == 0.3
     assert made.datamodule.shards == f"{tmp_path}/data/triplets"
 
 
 def test_the_demo_announces_what_its_config_says() -> None:
     config = yaml.safe_load(Path(TOY).read_text())
     assert config["trainer"]["max_steps"] == demo.TRAINING_STEPS
-    assert config["data"]["batch_size"] == demo.BATCH_SIZE
+    assert config["data"]["init_args"]["batch_size"] == demo.BATCH_SIZE
 
 
 def refused(*arguments: str, **environment: str) -> str:
@@ -145,8 +145,8 @@ def test_generate_refuses_bad_input(monkeypatch, capsys, tmp_path) -> None:
         (["--references"], "expected at least one argument"),
         (["--references", str(tmp_path / "none.png")], "cannot read image"),
         (["--references", str(tmp_path / "bad.png")], "cannot read image"),
-        (["--references", picture, "--model", str(tmp_path)], "is no exported model"),
-        (["--references", picture, "--model", str(WEIGHTS / "base")], "is no exported BootPIG"),
+        (["--references", picture, "--model", str(tmp_path)], "is no model: give"),
+        (["--references", picture, "--model", str(WEIGHTS / "base")], "Stable Diffusion without a method"),
         (["--references", picture, "--seed", str(10**30)], "--seed must lie between"),
         (["--references", masked], "masked.png: the mask is (10, 10), its image (20, 20)"),
         (["--references", picture, "--height", "0"], "size 64x0"),
@@ -175,12 +175,13 @@ trainer:
   val_check_interval: 2
   log_every_n_steps: 1
   callbacks:
-    - class_path: pig.callbacks.EMA
+    - class_path: pig.training.callbacks.EMA
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{dirpath: "{tmp_path}", filename: two, every_n_train_steps: 2}}
-    - class_path: pig.callbacks.SubjectSamples
+    - class_path: pig.training.callbacks.SubjectSamples
       init_args: {{subjects: "{toy_data}/subjects", clip: toyworld, dino: toyworld, max_subjects: 2, steps: 2}}
-data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size: 4}}
+data:
+  init_args: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size: 4}}
 """
     )
     call("fit", "--config", TOY, "--config", over)
@@ -205,7 +206,7 @@ data: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size:
     call("test", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
 
     arguments = ["--run", tmp_path, "--ckpt_path", checkpoint, "--data.predict_subjects", toy_data / "subjects"]
-    arguments += ["--trainer.limit_predict_batches", "2", "--trainer.callbacks", "pig.callbacks.SaveImages"]
+    arguments += ["--trainer.limit_predict_batches", "2", "--trainer.callbacks", "pig.training.callbacks.SaveImages"]
     call("predict", "--config", TOY, *arguments, "--trainer.callbacks.folder", tmp_path / "predicted")
     assert [path.name for path in sorted((tmp_path / "predicted/boat_000").glob("*"))] == ["0", "1"]
 

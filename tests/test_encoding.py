@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import QUIET
+from conftest import QUIET, losses
 from lightning.pytorch import Trainer
 
 from data_gen.__main__ import main
@@ -48,11 +48,11 @@ def test_encoded_shards_of_another_base_are_refused(toy_data, encoded) -> None:
     module = BootPIG("toyworld")
     data = TripletDataModule(str(encoded), batch_size=2, resolution=64, num_workers=0)
     batch = next(iter(data.train_dataloader()))
-    module.loss(batch, 0.0, 0.0)
+    losses(module, batch, 0.0, 0.0)
     other = BootPIG("toyworld")
     other.vae.encoder.conv_in.weight.data += 1e-3
     with pytest.raises(InputError, match="encoded by another base model"):
-        other.loss(batch, 0.0, 0.0)
+        losses(other, batch, 0.0, 0.0)
     data = TripletDataModule(
         str(toy_data / "triplets"), val_shards=str(encoded), batch_size=2, resolution=64, num_workers=0
     )
@@ -78,4 +78,4 @@ def test_variants_are_augmented_once_and_chosen_by_the_samples_seed(toy_data, tm
     first, second = (dict(zip(b.keys, b.reference, strict=True)) for b in (next(iter(loader)), next(iter(loader))))
     assert {one.shape for one in first.values()} == {(1, 8, 16, 16)}
     assert any(not torch.equal(first[key], second[key]) for key in first)  # another epoch, another variant
-    assert module.loss(next(iter(loader)), 0.0, 0.0)[0].isfinite().all()
+    assert losses(module, next(iter(loader)), 0.0, 0.0)[0].isfinite().all()

@@ -15,18 +15,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import QUIET, tiny_two_unet
+from conftest import QUIET, losses, tiny_two_unet
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.naive import Naive
 from data_gen.toyworld import draw_triplets
-from pig.callbacks import ProgressBar
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.errors import InputError
-from pig.memory import memory_table
-from pig.methods.base import adamw, lay_out
 from pig.methods.bootpig import BootPIG
+from pig.training.callbacks import ProgressBar
+from pig.training.memory import memory_table
+from pig.training.optimizers import adamw, lay_out
 
 Gradients = dict[str, torch.Tensor]
 
@@ -128,7 +128,7 @@ def test_bf16_is_as_near_to_float32_as_the_plain_loop_is(toy_data, expected) -> 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: int, within: str) -> list[int]:
     """Only `fits` samples go through the loss (or its backward pass); which sizes were tried."""
-    tried, loss = list[int](), BootPIG.loss
+    tried, losses = list[int](), BootPIG.losses
 
     class Full(torch.autograd.Function):
         @staticmethod
@@ -139,14 +139,14 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: int, within: str) -> 
         def backward(ctx: Any, gradient: torch.Tensor) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def limited(self: BootPIG, batch: Batch, *dropout: float) -> Any:
+    def limited(self: BootPIG, batch: Batch, *, training: bool) -> Any:
         tried.append(len(batch.keys))
         if tried[-1] > fits and within == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        found, t = loss(self, batch, *dropout)
+        found, t = losses(self, batch, training=training)
         return (Full.apply(found) if tried[-1] > fits else found), t
 
-    monkeypatch.setattr(BootPIG, "loss", limited)
+    monkeypatch.setattr(BootPIG, "losses", limited)
     return tried
 
 
@@ -172,7 +172,7 @@ def test_8bit_adamw_trains_in_a_quarter_of_the_memory(toy_data) -> None:
     module = BootPIG("toyworld", optimizer="adamw_8bit")
     optimizer = module.configure_optimizers()
     data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
-    module.loss(next(iter(data.train_dataloader())), 0.0, 0.0)[0].mean().backward()
+    losses(module, next(iter(data.train_dataloader())), 0.0, 0.0)[0].mean().backward()
     before = {name: p.detach().clone() for name, p in module.trainable().items()}
     optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in module.trainable().items())
@@ -291,7 +291,7 @@ def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
             for part in module.micro_batches(batch):
-                module.loss(part, 1e-9, 0.0)[0].mean().backward()
+                losses(module, part, 1e-9, 0.0)[0].mean().backward()
         module.zero_grad()
 
     step()

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import embedded, generate
 from PIL import Image
 from test_datagen import tiny_grounding_dino
 
 from pig import cli
+from pig.commands.generate import parse_shard
 from pig.data.images import read_manifest
 from pig.data.subjects import read_subjects
 from pig.data.transforms import MAX_PIXELS
 from pig.errors import InputError
-from pig.generate import generate, load_pipeline, parse_shard
-from pig.methods.bootpig import BootPIG
+from pig.methods import load_pipeline
 from pig.models import foreground
 from pig.models.foreground import make_segmenter
 from pig.toyworld import scene
@@ -137,11 +138,13 @@ def test_a_shard_asks_only_for_what_it_draws_and_names_all_that_is_wrong(few, tm
 
 def test_another_model_is_not_mixed_into_a_folder(few, tmp_path) -> None:
     model, cat = tmp_path / "model", sorted((few / "cat_003").glob("0?.png"))
-    BootPIG.embedded().pipeline().save_pretrained(model)
+    embedded().save_pretrained(model)
     given = {"model": str(model), "references": cat, "prompt": ["a cat"], "steps": 1}
     generate(tmp_path / "out", images_per_prompt=1, **given)
     index = json.loads((model / "model_index.json").read_text())
-    (model / "model_index.json").write_text(json.dumps({**index, "reference_caption": "object"}))
+    (model / "model_index.json").write_text(
+        json.dumps({**index, "settings": {**index["settings"], "reference_caption": "object"}})
+    )
     with pytest.raises(InputError, match="drawn otherwise.*model="):
         generate(tmp_path / "out", images_per_prompt=2, **given)
 
@@ -314,11 +317,11 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
     Image.new("L", (64, 64)).save(black)
     Image.new("L", (32, 32), 255).save(small)
     pickled = tmp_path / "pickled"
-    BootPIG.embedded().pipeline().save_pretrained(pickled)
+    embedded().save_pretrained(pickled)
     torch.save({}, pickled / "base_unet/diffusion_pytorch_model.bin")
     no_tokens, no_limit = tmp_path / "no_tokens", tmp_path / "no_limit"
     for folder, file in ((no_tokens, "tokenizer.json"), (no_limit, "tokenizer_config.json")):
-        BootPIG.embedded().pipeline().save_pretrained(folder)
+        embedded().save_pretrained(folder)
         (folder / "tokenizer" / file).unlink()
     strip = tmp_path / "strip.png"
     noisy.resize((300, 2)).save(strip)
@@ -350,13 +353,13 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
         ([*one, "--image", str(picture)], "both --image and --mask"),
         ([*one, "--image", str(picture), "--mask", str(black)], "black all over"),
         ([*one, "--image", str(picture), "--mask", str(small)], "mask is (32, 32)"),
-        ([*one, "--shard", "0/2"], "are for --subjects"),
+        ([*one, "--shard", "0/2"], "--shard is for --subjects"),
         ([*one, "--subjects", str(few)], "has references and prompts of its own"),
         (["--subjects", str(tmp_path / "none")], "there is no subjects folder"),
         (["--subjects", str(few), "--prompts", str(tmp_path / "none.txt")], "cannot read"),
         (["--subjects", str(few), "--references_per_subject", "0"], "must be at least 1"),
         ([*one, "--images_per_prompt", "0"], "must be at least 1"),
-        ([*one, "--model", str(tmp_path)], "has no model_index.json"),
+        ([*one, "--model", str(tmp_path)], "is no model: give"),
         ([*one, "--model", str(pickled)], "diffusion_pytorch_model.bin, a pickle"),
     ]:
         monkeypatch.setattr(sys, "argv", ["pig.cli", "generate", "--out", str(tmp_path / "out"), *arguments])
@@ -370,7 +373,7 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
 
 def test_an_exported_model_of_another_kind_is_refused(tmp_path) -> None:
     shutil.copytree("pig/toyworld/weights/base", tmp_path / "sd")
-    with pytest.raises(InputError, match="no exported BootPIG"):
+    with pytest.raises(InputError, match="Stable Diffusion without a method"):
         load_pipeline(tmp_path / "sd")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import embedded
 from PIL import Image, ImageFilter
 
 from pig.errors import InputError
-from pig.methods.bootpig import BootPIG
+from pig.methods.bootpig import BootPIGPipeline
 from pig.models.encoders import DinoEncoder
-from pig.pipelines import BootPIGPipeline
 from pig.toyworld import scene
 
 GUIDANCE = {"image_guidance": 5.0, "text_guidance": 1.5}
@@ -19,7 +19,7 @@ BOX = (12, 16, 52, 56)
 
 @pytest.fixture(scope="module")
 def pipe() -> BootPIGPipeline:
-    return BootPIG.embedded().pipeline()
+    return embedded()
 
 
 def toy_scene(number: int) -> tuple[Image.Image, Image.Image, str]:
@@ -69,10 +69,8 @@ def test_the_subject_appears_in_the_mask_and_nothing_changes_outside(pipe) -> No
 def test_soft_masks_mix_and_every_scheduler_keeps_the_rest(pipe, scheduler) -> None:
     picture, cutout, prompt = toy_scene(6)
     mask = box_mask().filter(ImageFilter.GaussianBlur(4))
-    usual = pipe.scheduler
-    pipe.use_scheduler(scheduler)
-    drawn = pipe(prompt, [cutout], image=picture, mask_image=mask, num_inference_steps=4, **GUIDANCE).images[0]
-    pipe.scheduler = usual
+    options = {"num_inference_steps": 4, "scheduler": scheduler, **GUIDANCE}
+    drawn = pipe(prompt, [cutout], image=picture, mask_image=mask, **options).images[0]
     soft, rgb = np.asarray(mask), np.asarray(picture.convert("RGB")).astype(int)
     difference = np.abs(np.asarray(drawn) - rgb)
     assert difference[soft == 0].max() == 0

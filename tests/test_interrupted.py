@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pig.callbacks import AsyncCheckpoints
 from pig.data.modules import TripletDataModule
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
+from pig.training.checkpoints import AsyncCheckpoints
 
 STEPS = 24
 
@@ -27,7 +27,7 @@ def command(toy_data: Path, run: Path, *more: str) -> list[str]:
         *(sys.executable, "-m", "pig.cli", "fit", "--config", "configs/bootpig/toyworld.yaml", "--run", str(run)),
         *("--trainer.max_steps", str(STEPS), "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
         *("--trainer.val_check_interval", "1000", "--trainer.callbacks", "[]"),
-        *("--trainer.callbacks+", "pig.callbacks.EMA", "--trainer.callbacks.decay", "0.9"),
+        *("--trainer.callbacks+", "pig.training.callbacks.EMA", "--trainer.callbacks.decay", "0.9"),
         *(
             "--trainer.callbacks+",
             "lightning.pytorch.callbacks.ModelCheckpoint",

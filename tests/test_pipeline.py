@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import embedded
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -14,12 +15,11 @@ from benchmarks.sampling import PROMPTS as NAIVE_PROMPTS
 from benchmarks.sampling import image_text_guidance, naive
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
-from pig.methods.bootpig import BootPIG
+from pig.methods.bootpig import BootPIG, BootPIGPipeline
 from pig.models.backbone import SCHEDULERS, load_backbone
 from pig.models.deep_cache import full_pass, shallow_pass
-from pig.pipelines import BootPIGPipeline
-from pig.pipelines.guidance import branch_weights
-from pig.pipelines.references import ReferenceCache
+from pig.sampling.guidance import branch_weights
+from pig.sampling.references import ReferenceCache
 
 PROMPTS = ["a photo of a mug, on a beach", "a photo of a car, in space"]
 
@@ -50,8 +50,8 @@ def draw(pipe: BootPIGPipeline, prompt, references, **options) -> torch.Tensor:
 def count_passes(pipe: BootPIGPipeline, monkeypatch) -> list[tuple[torch.Tensor, ...]]:
     """What the Reference UNet is asked from now on: (z, t, text) of each pass."""
     calls: list[tuple[torch.Tensor, ...]] = []
-    encode = pipe.model.encode_reference
-    monkeypatch.setattr(pipe.model, "encode_reference", lambda *asked: calls.append(asked) or encode(*asked))
+    encode = pipe.network.encode_reference
+    monkeypatch.setattr(pipe.network, "encode_reference", lambda *asked: calls.append(asked) or encode(*asked))
     return calls
 
 
@@ -77,7 +77,7 @@ def test_saved_and_loaded_gives_the_same_pixels(pipe, cutouts, tmp_path) -> None
     again = BootPIGPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(draw(again, PROMPTS[0], cutouts[:1], generator=seeds(1)), expected)
-    assert again.config.pooling == "softmax"
+    assert again.settings().pooling == "softmax"
 
 
 @pytest.mark.parametrize("references", [1, 3])
@@ -88,13 +88,13 @@ def test_an_image_depends_on_its_seed_and_not_on_the_call(pipe, cutouts, referen
     torch.testing.assert_close(together[3:], alone, atol=1e-4, rtol=1e-4)
     per_prompt = draw(pipe, PROMPTS, [refs, refs], num_images_per_prompt=2, generator=seeds(1, 2, 1, 2))
     torch.testing.assert_close(per_prompt, together)
-    assert (together[0] - together[1]).abs().max() > 0.05
+    assert (together[0] - together[1]).abs().max() > 0.025
 
 
 def test_references_matter_and_guidance_weighs_them(pipe, cutouts) -> None:
     one = draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1))
     red = Image.new("RGB", (40, 40), (220, 20, 20))
-    assert (draw(pipe, PROMPTS[0], [red], generator=seeds(1)) - one).abs().max() > 0.05
+    assert (draw(pipe, PROMPTS[0], [red], generator=seeds(1)) - one).abs().max() > 0.025
     off = {"image_guidance": 0.0, "text_guidance": 0.0}
     both = [draw(pipe, PROMPTS[0], refs, generator=seeds(1), **off) for refs in ([red], cutouts[:1])]
     torch.testing.assert_close(*both)
@@ -113,7 +113,7 @@ def test_unguided_unconditional_is_the_plain_base_model(pipe, cutouts) -> None:
         for t in base.scheduler.timesteps:
             predicted = base.unet(latents, t, encode_text(base, [""])).sample
             latents = base.scheduler.step(predicted, t, latents).prev_sample
-        torch.testing.assert_close(drawn, decode_latents(base.vae, latents), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(drawn, decode_latents(base.vae, latents) / 2 + 0.5, atol=1e-5, rtol=1e-4)
 
 
 def test_reference_noise_fixed_timestep_and_caption(cutouts, monkeypatch) -> None:
@@ -124,7 +124,7 @@ def test_reference_noise_fixed_timestep_and_caption(cutouts, monkeypatch) -> Non
     ((_, t, text),) = calls  # one pass serves all steps
     assert t.tolist() == [1, 1]
     with torch.no_grad():
-        told = pipe._encode_text(["a photo of a mug", "a photo of a car"])
+        told = pipe.encode_text(["a photo of a mug", "a photo of a car"])
     torch.testing.assert_close(text, told)
     calls.clear()
     draw(pipe, PROMPTS[0], cutouts[:1])
@@ -146,9 +146,8 @@ def test_mistakes_are_named(pipe, cutouts, monkeypatch) -> None:
         pipe(PROMPTS, [cutouts[:1], cutouts[:2]])
     with pytest.raises(InputError, match="2 prompts but reference lists for 3"):
         pipe(PROMPTS, [cutouts[:1]] * 3)
-    for none in ({"num_images_per_prompt": 0}, {"num_inference_steps": 0}):
-        with pytest.raises(InputError, match="at least one"):
-            pipe(PROMPTS, cutouts[:1], **none)
+    with pytest.raises(InputError, match="at least one"):
+        pipe(PROMPTS, cutouts[:1], num_images_per_prompt=0)
     for wrong, message in {
         ("image_guidance", -1.0): "image_guidance must be between 0 and 1000, got -1.0",
         ("text_guidance", float("nan")): "text_guidance must be between 0 and 1000, got nan",
@@ -156,17 +155,19 @@ def test_mistakes_are_named(pipe, cutouts, monkeypatch) -> None:
         ("guidance_rescale", -0.1): "guidance_rescale must be between 0 and 1",
         ("guidance_interval", (0.7, 0.2)): "guidance_interval",
         ("guidance_interval", (0, 9)): "guidance_interval_end must be between 0 and 1",
+        ("num_inference_steps", 0): "num_inference_steps must be at least 1",
+        ("num_inference_steps", 2.5): "num_inference_steps must be a whole number, got 2.5",
         ("num_inference_steps", 1001): "num_inference_steps must be between 1 and 1000",
         ("reference_every", 0): "reference_every must be at least 1",
         ("deep_every", 0): "deep_every must be at least 1",
         ("pooling", "max"): "pooling 'max' is none of softmax, argmax, mean, concat",
         ("reference_noise", "none"): "reference_noise 'none' is none of fresh, fixed",
+        ("scheduler", "euler"): "scheduler 'euler' is none of unipc, ddim",
+        ("strenght", 1.0): "'strenght' is no control of this method; it has: num_inference_steps",
         ("reference_caption", "x"): "reference_caption 'x' is none of caption, object",
     }.items():
         with pytest.raises(InputError, match=message):
             pipe(PROMPTS[0], cutouts[:1], **dict([wrong]))
-    with pytest.raises(InputError, match="scheduler 'euler' is none of unipc, ddim"):
-        pipe.use_scheduler("euler")
     with pytest.raises(InputError, match=r"1000000 references each need about .* GiB, .* are free"):
         pipe(PROMPTS[0], cutouts[:1] * 1_000_000)
 
@@ -204,7 +205,7 @@ def test_the_pipeline_draws_what_the_naive_way_draws(cutouts, images) -> None:
         generator=seeds(*list(range(images)) * len(NAIVE_PROMPTS)),
         output_type="pt",
     ).images
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected / 2 + 0.5, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -220,7 +221,7 @@ def test_strength_0_is_the_base_model_with_guidance_as_diffusers_draws_it(pipe, 
     options = {"num_inference_steps": steps, "negative_prompt": "a red thing", "guidance_rescale": 0.3}
     expected = base(PROMPTS[0], guidance_scale=3.0, generator=seeds(5), output_type="pt", **options).images
     found = draw(pipe, PROMPTS[0], cutouts, text_guidance=3.0, strength=0.0, generator=seeds(5), **options)
-    torch.testing.assert_close((found + 1) / 2, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_strength_goes_all_the_way(pipe, cutouts) -> None:
@@ -242,21 +243,21 @@ def test_negative_prompt_pooling_caption_and_rescale_matter(pipe, cutouts) -> No
         {"reference_caption": "object"},
         {"guidance_rescale": 0.7},
     ):
-        assert (draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), **change) - usual).abs().max() > 0.01, change
+        assert (draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), **change) - usual).abs().max() > 0.005, change
     same = draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), pooling="softmax", reference_caption="caption")
     assert torch.equal(same, usual)
 
 
 @pytest.mark.parametrize("name", ["unipc", "ddim", "dpm++"])
-def test_schedulers_draw_the_same_thing_in_many_steps(cutouts, name, tmp_path) -> None:
-    pipe = BootPIG.embedded().pipeline()
+def test_schedulers_draw_the_same_thing_in_many_steps(cutouts, name) -> None:
+    pipe = embedded()
     options = {"image_guidance": 2.0, "text_guidance": 1.5, "generator": seeds(1), "num_inference_steps": 40}
     usual = draw(pipe, PROMPTS[0], cutouts[:1], reference_noise="fixed", **options)
-    pipe.use_scheduler(name)
-    found = draw(pipe, PROMPTS[0], cutouts[:1], reference_noise="fixed", **{**options, "generator": seeds(1)})
-    assert (found - usual).abs().mean() < 0.1
-    pipe.save_pretrained(tmp_path)
-    assert type(BootPIGPipeline.from_pretrained(tmp_path).scheduler) is SCHEDULERS[name][0]
+    options |= {"generator": seeds(1), "scheduler": name}
+    found = draw(pipe, PROMPTS[0], cutouts[:1], reference_noise="fixed", **options)
+    assert (found - usual).abs().mean() < 0.05
+    assert type(pipe.scheduler_of(pipe.settings(scheduler=name))) is SCHEDULERS[name][0]
+    assert type(pipe.scheduler) is SCHEDULERS["unipc"][0]  # the model's own stays
 
 
 def test_callback_sees_every_step_may_change_the_latents_and_may_cancel(pipe, cutouts) -> None:
@@ -275,7 +276,7 @@ def test_callback_sees_every_step_may_change_the_latents_and_may_cancel(pipe, cu
         generator=seeds(1),
         callback_on_step_end=lambda pipe, step, t, given: {"latents": torch.zeros_like(given["latents"])},
     )
-    assert (blank - usual).abs().max() > 0.05
+    assert (blank - usual).abs().max() > 0.025
     seen.clear()
 
     def cancel(pipe, step, t, given):
@@ -376,7 +377,7 @@ def test_guidance_only_in_an_interval(pipe, cutouts) -> None:
     assert torch.equal(nowhere, draw(pipe, PROMPTS[0], cutouts, **{**options, **plain}))
     assert sizes == [1] * 8
     hook.remove()
-    assert (inside - nowhere).abs().max() > 0.01
+    assert (inside - nowhere).abs().max() > 0.005
 
 
 def test_references_read_every_other_step(pipe, cutouts, monkeypatch) -> None:
@@ -396,7 +397,7 @@ def test_deep_features_every_other_step_and_when_the_branches_change(pipe, cutou
     found = draw(pipe, PROMPTS[0], cutouts, generator=seeds(1), deep_every=2, **options)
     hook.remove()
     assert len(deep_runs) == 5 + full
-    assert 0 < (found - usual).abs().mean() < 0.3
+    assert 0 < (found - usual).abs().mean() < 0.15
 
 
 @torch.no_grad()
@@ -414,11 +415,11 @@ def test_references_may_be_files_and_pairs_with_masks(pipe, cutouts, tmp_path) -
     painted = Image.merge("LA", (Image.new("L", mask.size, 255), mask)).convert("RGBA")
     usual = draw(pipe, PROMPTS[0], [cutouts[0]], generator=seeds(1))
     for given in (cutouts[0], [(photo, mask)], [(photo, painted)], tmp_path / "a.png", [str(tmp_path / "a.png")]):
-        torch.testing.assert_close(draw(pipe, PROMPTS[0], given, generator=seeds(1)), usual, atol=2e-2, rtol=0)
+        torch.testing.assert_close(draw(pipe, PROMPTS[0], given, generator=seeds(1)), usual, atol=1e-2, rtol=0)
     asked = []
     segment = lambda image, noun: asked.append(image) or mask  # noqa: E731
     found = draw(pipe, PROMPTS, [photo], generator=seeds(1, 2), segment=segment)
-    torch.testing.assert_close(found[:1], usual, atol=2e-2, rtol=0)
+    torch.testing.assert_close(found[:1], usual, atol=1e-2, rtol=0)
     assert len(asked) == 1
 
 
@@ -430,8 +431,8 @@ def test_a_model_brings_its_own_guidance(cutouts, tmp_path) -> None:
     named = {"image_guidance": 2.0, "text_guidance": 1.5}
     expected = draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1), **named)
     assert torch.equal(draw(pipe, PROMPTS[0], cutouts[:1], generator=seeds(1)), expected)
-    assert BootPIG.embedded().pipeline().config.text_guidance == 1.5
-    assert BootPIG("toyworld").pipeline().config.text_guidance == 7.5
+    assert embedded().settings().text_guidance == 1.5
+    assert BootPIG("toyworld").pipeline().settings().text_guidance == 7.5
 
 
 @pytest.mark.parametrize("pooling", ["softmax", "argmax", "mean", "concat"])

@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import losses, tiny_unet
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks import gpu, training
 from benchmarks.naive import Naive
 from benchmarks.training import Ours
-from pig.callbacks import EMA, SubjectSamples
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.errors import InputError
-from pig.methods.bootpig import BootPIG
+from pig.methods.bootpig import BootPIG, TwoUNet
 from pig.models.backbone import WEIGHTS, check_prediction_type, load_backbone
-from pig.models.two_unet import TwoUNet
+from pig.training.callbacks import EMA, SubjectSamples
 
 ATTENTION = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 
@@ -62,7 +61,7 @@ def test_exact_set_of_trainable_names() -> None:
 
 def test_trainable_parameters_get_gradients_and_no_others(module, toy_data) -> None:
     assert all(name.startswith("net.") for name in module.trainable())
-    loss, _ = module.loss(make_batch(toy_data), 0.0, 0.0)
+    loss, _ = losses(module, make_batch(toy_data), 0.0, 0.0)
     loss.mean().backward()
     for name, parameter in module.named_parameters():
         if name in module.trainable():
@@ -87,7 +86,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(toy_data) -> 
     batch, results = make_batch(toy_data), []
     for checkpointing in (False, True):
         module = BootPIG("toyworld", gradient_checkpointing=checkpointing)
-        loss, _ = module.loss(batch, 0.5, 0.5)
+        loss, _ = losses(module, batch, 0.5, 0.5)
         loss.mean().backward()
         results.append((loss.detach(), {name: p.grad for name, p in module.trainable().items()}))
     (loss, gradients), (loss_again, gradients_again) = results
@@ -99,9 +98,9 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(toy_data) -> 
 def test_loss_of_a_sample_does_not_depend_on_its_batch(module, toy_data) -> None:
     batch = make_batch(toy_data)
     with torch.no_grad():
-        whole, t = module.loss(batch, 0.3, 0.3)
+        whole, t = losses(module, batch, 0.3, 0.3)
         for i in range(4):
-            alone, t_alone = module.loss(batch.split(1)[i], 0.3, 0.3)
+            alone, t_alone = losses(module, batch.split(1)[i], 0.3, 0.3)
             assert t_alone == t[i]
             torch.testing.assert_close(alone[0], whole[i], atol=1e-5, rtol=1e-4)
 
@@ -109,17 +108,17 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch(module, toy_data) -> None
 def test_dropouts_do_what_they_say(module, toy_data) -> None:
     batch = make_batch(toy_data, 8)
     with torch.no_grad():
-        kept, _ = module.loss(batch, 0.0, 0.0)
-        dropped, _ = module.loss(batch, 1.0, 0.0)
+        kept, _ = losses(module, batch, 0.0, 0.0)
+        dropped, _ = losses(module, batch, 1.0, 0.0)
         other = copy.copy(batch)
         other.reference = batch.reference.flip(0)
-        assert not torch.allclose(module.loss(other, 0.0, 0.0)[0], kept)
-        torch.testing.assert_close(module.loss(other, 1.0, 0.0)[0], dropped)
+        assert not torch.allclose(losses(module, other, 0.0, 0.0)[0], kept)
+        torch.testing.assert_close(losses(module, other, 1.0, 0.0)[0], dropped)
         # The caption is emptied for the Base UNet only: U_phi still reads it.
         other = copy.copy(batch)
         other.captions = batch.captions[::-1]
-        assert not torch.allclose(module.loss(other, 0.0, 1.0)[0], module.loss(batch, 0.0, 1.0)[0])
-        torch.testing.assert_close(module.loss(other, 1.0, 1.0)[0], module.loss(batch, 1.0, 1.0)[0])
+        assert not torch.allclose(losses(module, other, 0.0, 1.0)[0], losses(module, batch, 0.0, 1.0)[0])
+        torch.testing.assert_close(losses(module, other, 1.0, 1.0)[0], losses(module, batch, 1.0, 1.0)[0])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
@@ -310,6 +309,6 @@ def test_a_step_without_finite_gradients_is_skipped_and_named(toy_data, caplog) 
 
 
 def test_too_many_skipped_steps_end_the_run(toy_data, monkeypatch) -> None:
-    monkeypatch.setattr("pig.methods.base.MAX_SKIPPED", 2)
+    monkeypatch.setattr("pig.training.step.MAX_SKIPPED", 2)
     with pytest.raises(InputError, match=r"2 steps were skipped since the start"):
         fit_with(Poison(set(range(9))), toy_data, steps=9)

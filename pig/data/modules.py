@@ -260,7 +260,21 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class TripletDataModule(LightningDataModule):
+class PersonalisationData(LightningDataModule):
+    """Base of the data modules: what training asks of them.
+
+    batch_size: samples of an optimizer step, over all processes. resolution: side of the pictures in pixels.
+    """
+
+    batch_size: int
+    resolution: int
+
+    def encoded(self) -> list[Mapping[str, Any] | None]:
+        """How the training and the validation samples were encoded; None: they were not."""
+        return [None]
+
+
+class TripletDataModule(PersonalisationData):
     """Triplets for `fit`, `validate` and `test`; subjects and prompts for `predict`.
 
     Args:
@@ -301,7 +315,6 @@ class TripletDataModule(LightningDataModule):
         self.seed, self.shuffle_block, self.max_bad_samples = seed, shuffle_block, max_bad_samples
 
     def encoded(self) -> list[Mapping[str, Any] | None]:
-        """How the training and the validation shards were encoded; None: they were not."""
         return [how_encoded(find_shards(spec)[0]) for spec in (self.shards, self.val_shards) if spec]
 
     def prepare_data(self) -> None:

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pig.errors import InputError
+
 TARGETS = ("target.jpg", "target.png", "target.webp")
 REFERENCE = "reference.png"
 METADATA = "json"
@@ -39,15 +41,16 @@ class Triplet:
 class Batch:
     """What a training step gets.
 
-    target: (B, 3, H, W) in [-1, 1]. reference: (B, K, 3, H, W) in [-1, 1], the augmented object on white. From encoded
-    shards (`python -m data_gen encode`) either may be the VAE's moments instead, (..., 8, H/8, W/8).
+    target: (B, 3, H, W) in [-1, 1]. reference: (B, K, 3, H, W) in [-1, 1], the augmented object on white; None where
+    the data has none. From encoded shards (`python -m data_gen encode`) either may be the VAE's moments instead,
+    (..., 8, H/8, W/8).
     text: (B, L, D), the captions' embeddings, and encoded_by: the base model's digest, from encoded shards only.
     seeds: (B,) int64, every random draw made for a sample follows from its seed, so that neither the batch's
     composition nor the number of processes changes what is learnt, and a resumed run draws what it would have drawn.
     """
 
     target: Tensor
-    reference: Tensor
+    reference: Tensor | None
     captions: list[str]
     objects: list[str]
     seeds: Tensor
@@ -64,8 +67,21 @@ class Batch:
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        text = None if self.text is None else move(self.text)
-        return replace(self, target=move(self.target), reference=move(self.reference), text=text)
+        moved: dict[str, Any] = {name: one if one is None else move(one) for name, one in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What travels to the device that trains."""
+        return {"target": self.target, "reference": self.reference, "text": self.text}
+
+    def references(self) -> Tensor:
+        """
+        Raises:
+            InputError: the data has none.
+        """
+        if self.reference is None:
+            raise InputError("this method learns from references, and the data has none")
+        return self.reference
 
     def split(self, size: int) -> list[Batch]:
         """Parts of at most `size` samples."""

@@ -1,0 +1,267 @@
+"""The registry of methods, and how a model is loaded whatever its method is.
+
+A method is one package with a `Pipeline` (a `SubjectPipeline`) and, if it is trained, a `Module` (a
+`PersonalisationModule`). A package is imported when its method is asked for, so that `--help` stays fast.
+
+On disk a model is *whole* (a diffusers pipeline folder) or a *delta*: the trained weights in `delta.safetensors`, and
+`delta.json`, which names method, base model (with a digest of its weights), settings and options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pig.errors import InputError, check_named
+from pig.models.backbone import TOYWORLD, WEIGHTS, Backbone, base_digest, check_backbone, load_backbone
+from pig.sampling.pipeline import SubjectPipeline
+
+if TYPE_CHECKING:
+    from pig.training.module import PersonalisationModule
+
+METHODS = {
+    "base": "pig.methods.base",
+    "bootpig": "pig.methods.bootpig",
+}
+EMBEDDED = "bootpig"  # what `toyworld` stands for
+WHOLE, DELTA, DELTA_WEIGHTS = "model_index.json", "delta.json", "delta.safetensors"
+NET = "net."  # before the network's own names, as a module's checkpoints have them
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
+FORMS = (
+    f"a folder made by `export`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, or `base:NAME` for a Stable Diffusion without "
+    "references"
+)
+
+
+def pipeline_class(method: str) -> type[SubjectPipeline]:
+    check_named("method", method, tuple(METHODS))
+    return import_module(METHODS[method]).Pipeline
+
+
+def module_class(method: str) -> type[PersonalisationModule]:
+    check_named("method", method, tuple(METHODS))
+    found = getattr(import_module(METHODS[method]), "Module", None)
+    if found is None:
+        raise InputError(f"the method {method} is not trained: it has no module")
+    return found
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What `delta.json` says."""
+
+    method: str
+    base: str
+    base_digest: str
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies, and what its small files say of it. folder: None for a base model alone."""
+
+    method: str
+    folder: Path | None
+    settings: Mapping[str, Any]
+    base: str | None = None
+
+
+def find_model(model: str | Path) -> Source:
+    """Look a model up by reading its small files only.
+
+    Raises:
+        InputError: there is no such model; names what can be given.
+    """
+    name = str(model)
+    if name.startswith("base:"):
+        return Source("base", None, {}, name.removeprefix("base:"))
+    if name == f"{TOYWORLD}/base":
+        return Source("base", None, {}, TOYWORLD)
+    folder = Path(name)
+    if name == TOYWORLD or name.startswith(f"{TOYWORLD}/"):
+        method = name.partition("/")[2] or EMBEDDED
+        folder = WEIGHTS / method
+        if method not in METHODS or not (folder / DELTA).is_file():
+            embedded = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{DELTA}"))
+            raise InputError(f"no embedded model {name!r}; there are: {', '.join(('base', *embedded))}")
+    if (folder / DELTA).is_file():
+        delta = read_delta(folder)
+        return Source(delta.method, folder, delta.settings, delta.base)
+    index = _read_json(folder / WHOLE, f"{model} is no model: give {FORMS}")
+    for method in METHODS:
+        if pipeline_class(method).__name__ == index.get("_class_name"):
+            return Source(method, folder, index.get("settings") or {}, index.get("base"))
+    if index.get("_class_name") == "StableDiffusionPipeline":
+        raise InputError(f"{model} is a Stable Diffusion without a method: draw with it by --model base:{model}")
+    raise InputError(f"{model} is a {index.get('_class_name')}, of no method known here ({', '.join(METHODS)})")
+
+
+def load_pipeline(model: str | Path, device: str | torch.device | None = None) -> SubjectPipeline:
+    """The pipeline of a model; by default on the GPU if there is one.
+
+    Args:
+        model: a folder made by `export` (whole or delta), `toyworld` (the embedded BootPIG), `toyworld/METHOD`, or
+            `base:NAME` (a folder, hub id or `toyworld`).
+
+    Raises:
+        InputError: it is no model, a torn one, one of another base model, or one that holds pickles, which can run
+            code when loaded.
+    """
+    source = find_model(model)
+    if source.folder is None:
+        assert source.base is not None
+        backbone = load_backbone(source.base)
+        pipeline = pipeline_class("base").from_backbone(backbone, base=source.base, settings=source.settings)
+    elif (source.folder / DELTA).is_file():
+        pipeline = _load_delta(source.folder)
+    else:
+        pipeline = _load_whole(source.folder, pipeline_class(source.method))
+    pipeline.set_progress_bar_config(disable=None)
+    return pipeline.to(device or default_device())
+
+
+def load_module(checkpoint: Path) -> PersonalisationModule:
+    """The module of a checkpoint of `fit`, of whatever method, with its EMA weights if it has any."""
+    from pig.training.checkpoints import averaged_weights, load_checkpoint
+
+    state = load_checkpoint(checkpoint)
+    method = str(state.get("pig_method", "")).lower()
+    if method not in METHODS:
+        raise InputError(f"{checkpoint} is no checkpoint of a method known here ({', '.join(METHODS)})")
+    # Names with an underscore are LightningCLI's own.
+    told = {name: value for name, value in state["hyper_parameters"].items() if not name.startswith("_")}
+    module = module_class(method)(**told)
+    module.load_state_dict(averaged_weights(state))
+    return module
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_whole(folder: Path, kind: type[SubjectPipeline]) -> SubjectPipeline:
+    pickles = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICKLES)
+    if pickles:
+        raise InputError(
+            f"{folder} holds {pickles[0].relative_to(folder)}, a pickle, which can run any code: only safetensors "
+            "are loaded. Convert it where you trust it, or remove it"
+        )
+    try:
+        pipeline = kind.from_pretrained(folder, use_safetensors=True)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"{folder} is a torn model: {str(error).splitlines()[0]}") from error
+    denoiser = getattr(pipeline, pipeline.denoiser)
+    check_backbone(Backbone(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, denoiser, pipeline.scheduler))
+    return pipeline
+
+
+# -- deltas -----------------------------------------------------------------------------------------------------------
+
+
+def read_delta(folder: Path) -> Delta:
+    told = _read_json(folder / DELTA, f"{folder} is no delta")
+    try:
+        return Delta(**told)
+    except TypeError as error:
+        raise InputError(f"{folder / DELTA} is no description of a delta ({error})") from error
+
+
+def trained_weights(pipeline: SubjectPipeline) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What a delta holds, by name."""
+    groups: Any = getattr(pipeline.network, "trainable_parameters", dict)()
+    for parameters in groups.values():
+        for name, parameter in parameters.items():
+            yield NET + name, parameter
+
+
+def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -> None:
+    """Write what the pipeline's method has trained, and no more: the rest is the base model's.
+
+    half: in float16.
+
+    Raises:
+        InputError: it is not known from which base model it was made, or its frozen weights are not that model's.
+    """
+    base = pipeline.config.base
+    weights = dict(trained_weights(pipeline))
+    if base is None or not weights:
+        raise InputError("only a model that was trained here has a delta, one whose base model is known by its name")
+    backbone = load_backbone(base)
+    origin = base_digest(backbone)
+    plain = type(pipeline).from_backbone(
+        backbone, base=base, settings=pipeline.config.settings, **pipeline.model_options()
+    )
+    frozen, of_base = (_frozen(one) for one in (pipeline, plain))
+    other = [name for name, tensor in frozen.items() if not torch.equal(tensor.cpu().float(), of_base[name].float())]
+    if other:
+        raise InputError(f"{other[0]} is not that of the base model {base!r}: a delta would lose it; export it whole")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: (one.half() if half else one).detach().cpu().contiguous() for name, one in weights.items()}
+    save_file(tensors, folder / DELTA_WEIGHTS)
+    told = Delta(pipeline.method, base, origin, dict(pipeline.config.settings), pipeline.model_options())
+    (folder / DELTA).write_text(json.dumps(asdict(told), indent=1) + "\n")
+
+
+def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
+    trained = {id(parameter) for _, parameter in trained_weights(pipeline)}
+    return {
+        f"{part}.{name}": parameter.detach()
+        for part, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in trained
+    }
+
+
+def _load_delta(folder: Path) -> SubjectPipeline:
+    delta = read_delta(folder)
+    backbone = load_backbone(delta.base)
+    found = base_digest(backbone)
+    if found != delta.base_digest:
+        raise InputError(
+            f"{folder} was trained on another base model ({delta.base_digest[:12]}) than {delta.base!r} is now "
+            f"({found[:12]})"
+        )
+    kind = pipeline_class(delta.method)
+    pipeline = kind.from_backbone(backbone, base=delta.base, settings=delta.settings, **delta.options)
+    try:
+        weights = load_file(folder / DELTA_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / DELTA_WEIGHTS} is missing or torn: {str(error).splitlines()[0]}") from error
+    wanted = dict(trained_weights(pipeline))
+    if wanted.keys() != weights.keys():
+        odd = sorted(wanted.keys() ^ weights.keys())
+        raise InputError(f"{folder / DELTA_WEIGHTS} is not of this method: {len(odd)} names differ, such as {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            if parameter.shape != weights[name].shape:
+                raise InputError(
+                    f"{folder / DELTA_WEIGHTS}: {name} has shape {tuple(weights[name].shape)}, wanted is "
+                    f"{tuple(parameter.shape)}"
+                )
+            parameter.copy_(weights[name])
+    return pipeline
+
+
+def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(otherwise) from error
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{file} is damaged: it holds no names and values")
+    return told

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     SchedulerMixin,
     UNet2DConditionModel,
@@ -26,11 +27,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from pig import diffusion
 from pig.errors import InputError, check_named
 
-SchedulerName = Literal["unipc", "ddim", "dpm++"]
+SchedulerName = Literal["unipc", "ddim", "dpm++", "ddpm"]
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),  # diffusers' defaults are for pixels
     "dpm++": (DPMSolverMultistepScheduler, {}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),  # ancestral
 }
 TOYWORLD = "toyworld"
 VAE_PIXELS = 8 * 512**2  # encoded at a time: enough for any device, and less memory than the UNets take
@@ -95,7 +97,7 @@ def check_backbone(backbone: Backbone) -> None:
 
 
 def make_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> SchedulerMixin:
-    """UniPC (the paper's), DDIM or DPM-Solver++, with the noise schedule and prediction type of another's config."""
+    """UniPC (BootPIG's), DDIM, DPM-Solver++ or ancestral DDPM, with another's noise schedule and prediction type."""
     check_named("scheduler", name, tuple(SCHEDULERS))
     kind, own = SCHEDULERS[name]
     return kind.from_config(config, **own)
@@ -178,6 +180,14 @@ def encoders_digest(backbone: Backbone) -> str:
     found = hashlib.sha256(str(sorted(backbone.tokenizer.get_vocab().items())).encode())
     found.update(str(backbone.tokenizer.model_max_length).encode())
     for module in (backbone.vae.encoder, backbone.vae.quant_conv, backbone.text_encoder):
+        found.update(weights_digest(module).encode())
+    return found.hexdigest()
+
+
+def base_digest(backbone: Backbone) -> str:
+    """Changes with any weight or word of a base model: what a delta depends on."""
+    found = hashlib.sha256(encoders_digest(backbone).encode())
+    for module in (backbone.unet, backbone.vae):
         found.update(weights_digest(module).encode())
     return found.hexdigest()
 

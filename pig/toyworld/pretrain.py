@@ -1,11 +1,11 @@
 """Train the toy world's small models from nothing, in the formats of the big ones.
 
-    python -m pig.toyworld.pretrain vae|clip|vision|dino|sam|unet|bootpig [--out DIR] [--work DIR]
+    python -m pig.toyworld.pretrain vae|clip|vision|dino|sam|unet [--out DIR] [--work DIR]
 
 Each stage is a LightningModule with its settings at the top of the class; a stage that was stopped goes on from its
 last checkpoint in `--work`. `clip` also makes the tokenizer; `sam` needs `vae`, and `unet` needs `vae` and `clip`. They
 leave `base/` (a Stable Diffusion folder), `clip/`, `dino/` and `sam/` in `--out`, loaded as the hub's models are.
-`bootpig` packs what `fit` with `configs/bootpig/toyworld_weights.yaml` has trained; `make toyworld-weights` does all.
+`make toyworld-weights` does all, and trains the methods' deltas on them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import save_file
 
-from pig.methods.bootpig import EMBEDDED, BootPIG
 from pig.toyworld.stages.base import Stage
 from pig.toyworld.stages.clip import CLIPStage, VisionStage
 from pig.toyworld.stages.dino import DINOStage
@@ -38,25 +36,13 @@ def make_stage(name: str, out: Path) -> Stage:
     return {"vae": VAEStage, "clip": CLIPStage, "dino": DINOStage}[name]()
 
 
-def pack_bootpig(checkpoint: Path, out: Path) -> None:
-    """Keep what BootPIG trained and no more: the rest is the base model's."""
-    module = BootPIG.from_checkpoint(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: weight.detach().half().contiguous() for name, weight in module.trainable().items()}, out / EMBEDDED.name
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pig.toyworld.pretrain", description=__doc__)
-    parser.add_argument("stage", choices=("vae", "clip", "vision", "dino", "sam", "unet", "bootpig"))
+    parser.add_argument("stage", choices=("vae", "clip", "vision", "dino", "sam", "unet"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--work", type=Path, default=Path("runs/toyworld"), help="checkpoints of unfinished stages")
     args = parser.parse_args()
 
-    if args.stage == "bootpig":
-        pack_bootpig(args.work / "bootpig/fit/checkpoints/last.ckpt", args.out / "bootpig")
-        return
     torch.manual_seed(0)
     train(make_stage(args.stage, args.out), args.stage, args.out, args.work)
 

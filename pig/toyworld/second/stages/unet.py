@@ -136,7 +136,7 @@ class UNetStage(Stage):
         """The error of v on held-out combinations, every timestep counting the same; the same noise each time."""
         z_0, facts, numbers = batch
         texts = [plain_caption(row) for row in facts.tolist()]
-        noise, u = diffusion.draw(numbers, z_0.shape)
+        noise, u = diffusion.draw(numbers, z_0.shape, uniforms=1)
         t = (u[:, 0] * 1000).long()
         losses = self.losses(z_0, noise.to(z_0), t.to(z_0.device), texts)
         self.log("val_loss", losses.mean(), prog_bar=True, batch_size=len(z_0))

@@ -38,7 +38,9 @@ class KnownRegion:
     def blend(self, latents: Tensor, scheduler: SchedulerMixin, t: Tensor | None) -> Tensor:
         """The latents with the known region at noise level t; None: free of noise."""
         known = self.z_0.expand_as(latents)
-        if t is not None:
+        if t is not None and float(scheduler.init_noise_sigma) != 1:  # x_0 + sigma epsilon, as in Euler's
+            known = scheduler.add_noise(known, self.noise, t.view(1))
+        elif t is not None:
             alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1).long())
             known = diffusion.add_noise(self.z_0, self.noise, alpha.to(latents), sigma.to(latents))
         return torch.lerp(known, latents, self.open_latents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor
 from pig import diffusion
 from pig.data.subjects import Segment, find_object, load_cutout
 from pig.errors import InputError
-from pig.models.two_unet import TwoUNet
 
 Features = Mapping[str, Tensor]  # layer name -> (K, N, C)
 Picture = Image.Image | str | Path | tuple  # the last: a picture and its mask
@@ -31,8 +30,12 @@ def as_cutout(picture: Picture, segment: Segment | None) -> Image.Image:
     return find_object(image, mask, segment, noun="")
 
 
-def cut_outs_of(prompts: list[str], references: Any, segment: Segment | None) -> list[list[Image.Image]]:
-    """The references of each prompt as RGBA cut-outs, from what the pipeline is given."""
+def cut_outs_of(prompts: Sequence[str], references: Any, segment: Segment | None) -> list[list[Image.Image]]:
+    """The references of each prompt as RGBA cut-outs, from what the pipeline is given.
+
+    Raises:
+        InputError: a prompt without references, or not equally many for all.
+    """
     if isinstance(references, Picture):
         references = [references]
     if not references or any(not one for one in references if isinstance(one, list)):
@@ -99,12 +102,23 @@ def digest(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def reference_reader(
-    model: TwoUNet, z_ref: Tensor, text: Tensor, alphas_cumprod: Tensor, cache: ReferenceCache | None
-) -> Callable[[int, int], dict[str, Tensor]]:
-    """A function of t and the noise's seed: one Reference-UNet pass, less what the cache has of it.
+Encode = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
-    z_ref: (P, K, 4, h, w), P groups; text: (P, L, D). What is read: layer name -> (P, K, N, C).
+
+def reference_reader(
+    encode_reference: Encode,
+    weights: Iterable[Tensor],
+    z_ref: Tensor,
+    text: Tensor,
+    alphas_cumprod: Tensor,
+    cache: ReferenceCache | None,
+) -> Callable[[int, int], dict[str, Tensor]]:
+    """A function of t and the noise's seed: one pass over the references, less what the cache has of it.
+
+    Args:
+        encode_reference: of noised latents (P, K, 4, h, w), t (P,) and text (P, L, D): layer name -> (P, K, N, C).
+        weights: of the network that reads, by which the cache tells networks apart.
+        z_ref: (P, K, 4, h, w), P groups. text: (P, L, D).
     """
 
     def run(groups: list[int], t: int, noise_seed: int) -> dict[str, Tensor]:
@@ -112,13 +126,13 @@ def reference_reader(
         noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(noise_seed)).to(z)
         alpha, sigma = diffusion.alpha_sigma(alphas_cumprod, ts[:1])
         z_t = diffusion.add_noise(z, noise.expand_as(z), alpha.to(z), sigma.to(z))
-        return model.encode_reference(z_t, ts, text[groups])
+        return encode_reference(z_t, ts, text[groups])
 
     everyone = list(range(len(z_ref)))
     if cache is None:
         return partial(run, everyone)
-    weights = digest(*model.reference_unet.parameters())  # about a second for Stable Diffusion's in half precision
-    names = [weights + digest(z, one, alphas_cumprod) for z, one in zip(z_ref, text, strict=True)]
+    reader = digest(*weights)  # about a second for Stable Diffusion's in half precision
+    names = [reader + digest(z, one, alphas_cumprod) for z, one in zip(z_ref, text, strict=True)]
 
     def read(t: int, noise_seed: int) -> dict[str, Tensor]:
         keys = [(name, t, noise_seed) for name in names]

@@ -1,17 +1,13 @@
-"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, images of `predict`; and how
-checkpoints are written."""
+"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, images of `predict`."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from pig.data.grids import grid
@@ -20,8 +16,8 @@ from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.evaluation.metrics import SubjectScores
-from pig.methods.base import PersonalisationModule
 from pig.models.encoders import load_clip, load_dino
+from pig.training.module import PersonalisationModule
 
 
 class EMA(Callback):
@@ -143,34 +139,6 @@ class SubjectSamples(Callback):
             sheet.save(folder / f"step-{trainer.global_step:06d}-rank{trainer.global_rank}.png")
 
 
-class AsyncCheckpoints(TorchCheckpointIO):
-    """Checkpoints written while training goes on, one at a time, from a copy on the CPU. (Lightning's own takes copies
-    on the GPU, which may have no room for weights and moments twice, and as many as are waiting.)"""
-
-    def __init__(self) -> None:
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.teardown()
-        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-        self._writing = self._writer.submit(super().save_checkpoint, copy, path, storage_options)
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.teardown()
-        return super().load_checkpoint(*args, **kwargs)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        self.teardown()
-        super().remove_checkpoint(path)
-
-    def teardown(self) -> None:
-        """Wait until the last one is written; its error is raised here."""
-        if self._writing:
-            writing, self._writing = self._writing, None
-            writing.result()
-
-
 class ProgressBar(RichProgressBar):
     """Shows what the module has fetched for it (`PersonalisationModule.shown`), so that no step waits for the GPU."""
 
@@ -187,4 +155,5 @@ class SaveImages(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Job, batch_idx: int, *_: Any
     ) -> None:
-        save_generated(self.folder, batch, outputs, method=type(pl_module).__name__, settings={})
+        assert isinstance(pl_module, PersonalisationModule)
+        save_generated(self.folder, batch, outputs, method=pl_module.method, settings={})

@@ -9,13 +9,12 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pig.app import MAX_IMAGES, Studio
-from pig.attention import Pooling
+from pig.commands.app.studio import MAX_IMAGES, Studio
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
-from pig.models.backbone import TOYWORLD, SchedulerName
+from pig.models.backbone import TOYWORLD
 from pig.models.foreground import SegmenterName
-from pig.pipelines.bootpig import ReferenceCaption, ReferenceNoise
+from pig.sampling.settings import Control, controls
 
 
 def share_painted(studio: Studio, picture: Image.Image | None, painting: dict[str, Any] | None) -> str:
@@ -28,10 +27,23 @@ def share_painted(studio: Studio, picture: Image.Image | None, painting: dict[st
     return f"{width}x{height} pixels, " + (f"{share:.0%} to be drawn anew" if share else "nothing is painted over yet")
 
 
+def widget(one: Control, value: Any) -> Any:
+    """The input of a control: a list of its values, a slider over its range, or a line of text."""
+    label, info = one.name.replace("_", " ").capitalize(), one.help
+    if one.choices:
+        choices = [("the model's own", None) if choice is None else (choice, choice) for choice in one.choices]
+        return gr.Dropdown(choices, value=value, label=label, info=info)
+    if one.kind is str:
+        return gr.Textbox(value, label=label, info=info)
+    low, high = one.slider
+    return gr.Slider(low, high, value, step=1 if one.kind is int else 0.05, label=label, info=info)
+
+
 def build_page(studio: Studio) -> Any:
     """The Gradio page; what a user does wrong is shown on it."""
-    toy = studio.model == TOYWORLD
-    usual = studio.pipeline.config
+    toy = studio.model.partition("/")[0] == TOYWORLD
+    own = {**studio.pipeline.settings().as_json(), **({"num_inference_steps": 20} if toy else {})}
+    known = [one for one in controls(studio.pipeline.Settings) if one.kind is not tuple]
 
     def cut_out(files: list[str] | None, segmenter: SegmenterName, noun: str) -> list[Image.Image]:
         if not files:
@@ -47,45 +59,28 @@ def build_page(studio: Studio) -> Any:
         segmenter: SegmenterName,
         noun: str,
         prompt: str,
-        negative: str,
         count: int,
         seed: int,
-        scheduler: SchedulerName,
-        steps: int,
-        image_guidance: float,
-        text_guidance: float,
-        rescale: float,
-        strength: float,
-        noise: str,
-        caption: str,
-        pooling: str,
         picture: Image.Image | None,
         painting: dict[str, Any] | None,
         request: gr.Request,
         progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
+        *values: Any,
     ) -> list[tuple[Image.Image, str]]:
         cut = studio.pipeline.cut_off(prompt or "")
         if cut:
             gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
+        settings = {one.name: one.kind(value) for one, value in zip(known, values, strict=True) if value is not None}
         try:
             return studio.draw(
                 str(request.session_hash),
                 progress,
-                studio.cut_out(files, segmenter, noun),
+                studio.cut_out(files, segmenter, noun) if studio.pipeline.reads_references else [],
                 prompt,
                 count,
                 seed,
-                scheduler,
                 studio.hole(picture, painting),
-                negative_prompt=negative or "",
-                num_inference_steps=int(steps),
-                image_guidance=image_guidance,
-                text_guidance=text_guidance,
-                guidance_rescale=rescale,
-                strength=strength,
-                reference_noise=noise,
-                reference_caption=caption,
-                pooling=pooling,
+                **settings,
             )
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -111,24 +106,7 @@ def build_page(studio: Studio) -> Any:
                     count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
                     seed = gr.Number(0, precision=0, label="Seed of the first")
                 with gr.Accordion("Controls", open=False):
-                    negative = gr.Textbox("", label="Negative prompt: what to keep away from")
-                    image_guidance = gr.Slider(0, 15, usual.image_guidance, label="Image guidance: of the references")
-                    text_guidance = gr.Slider(0, 15, usual.text_guidance, label="Text guidance: of the prompt")
-                    strength = gr.Slider(0, 1, 1, label="Strength of the references")
-                    rescale = gr.Slider(0, 1, 0, label="Guidance rescale: against overdone contrast")
-                    steps = gr.Slider(1, 100, 20 if toy else 50, step=1, label="Steps")
-                    scheduler = gr.Dropdown(list(get_args(SchedulerName)), value="unipc", label="Scheduler")
-                    noise = gr.Radio(list(get_args(ReferenceNoise)), value="fresh", label="Noise on the references")
-                    caption = gr.Radio(
-                        list(get_args(ReferenceCaption)),
-                        value=usual.reference_caption,
-                        label="What the Reference UNet is told",
-                    )
-                    pooling = gr.Dropdown(
-                        list(get_args(Pooling)),
-                        value=usual.pooling,
-                        label="Several references are merged by",
-                    )
+                    widgets = [widget(one, own[one.name]) for one in known]
             with gr.Column():
                 drawn = gr.Gallery(label="Images", columns=2, object_fit="contain", elem_id="images")
                 with gr.Accordion("Draw into a picture", open=False):
@@ -151,8 +129,7 @@ def build_page(studio: Studio) -> Any:
         looks = [files, segmenter, noun]
         for change in (files.change, segmenter.change, noun.submit):
             change(cut_out, looks, shown, concurrency_limit=1, concurrency_id="model")
-        inputs = [*looks, prompt, negative, count, seed, scheduler, steps, image_guidance, text_guidance]
-        inputs += [rescale, strength, noise, caption, pooling, picture, painting]
+        inputs = [*looks, prompt, count, seed, picture, painting, *widgets]
         drawing = [
             event(draw, inputs, drawn, concurrency_limit=1, concurrency_id="model")
             for event in (start.click, prompt.submit)

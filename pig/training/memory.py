@@ -15,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from pig.callbacks import EMA
-from pig.data.modules import TripletDataModule, largest_share
+from pig.data.modules import PersonalisationData, largest_share
 from pig.data.schema import Batch
-from pig.methods.base import lay_out
-from pig.methods.bootpig import BootPIG
 from pig.models.backbone import vae_scale
+from pig.training.callbacks import EMA
+from pig.training.module import PersonalisationModule
+from pig.training.optimizers import lay_out
 
 PRODUCTS = {"linear", "conv2d", "matmul", "__matmul__", "bmm", "baddbmm", "addmm", "scaled_dot_product_attention"}
 NORMS = {"group_norm", "layer_norm"}
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def on_meta(module: BootPIG) -> Iterator[None]:
+def on_meta(module: PersonalisationModule) -> Iterator[None]:
     """The module with weights that take no memory; its own come back."""
     layers = list(module.modules())
     kept = [(layer, dict(layer._parameters), dict(layer._buffers)) for layer in layers]
@@ -103,7 +103,18 @@ def on_meta(module: BootPIG) -> Iterator[None]:
             layer._buffers.update(buffers)
 
 
-def blank_batch(module: BootPIG, data: TripletDataModule, size: int) -> Batch:
+@contextmanager
+def nothing_dropped(module: PersonalisationModule) -> Iterator[None]:
+    """The way that training takes, at its most: what may be dropped is there."""
+    kept = module.dropout
+    module.dropout = dict.fromkeys(kept, 1e-9)
+    try:
+        yield
+    finally:
+        module.dropout = kept
+
+
+def blank_batch(module: PersonalisationModule, data: PersonalisationData, size: int) -> Batch:
     """A batch of the shape that the data will have, on the meta device."""
     vae, side = module.backbone.vae, data.resolution
     pixels, moments = (3, side, side), (2 * vae.config.latent_channels, *[side // vae_scale(vae)] * 2)
@@ -123,8 +134,8 @@ def blank_batch(module: BootPIG, data: TripletDataModule, size: int) -> Batch:
 
 
 def memory_table(
-    module: BootPIG,
-    data: TripletDataModule,
+    module: PersonalisationModule,
+    data: PersonalisationData,
     *,
     precision: str = "32-true",
     device: str = "cpu",
@@ -150,11 +161,10 @@ def memory_table(
                 parameter.grad = torch.empty_like(parameter)
                 kept.append(parameter.grad)
         half = precision == "bf16-mixed"
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=half and device == "cpu")  # asked by pig.attention
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=half and device == "cpu")  # asked by `slow_backward`
         with autocast, Autocast(half, device == "cuda"), LiveBytes(kept) as live:
-            # Nothing dropped, on the way that training takes.
-            loss, _ = module.loss(batch, 1e-9, 0.0)
-            loss = loss.mean()
+            with nothing_dropped(module):
+                loss = module.losses(batch, training=True)[0].mean()
             # `backward` itself is a function that the mode would take, and be left for what runs again in there.
             engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
             engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
@@ -164,7 +174,7 @@ def memory_table(
             "adamw_8bit": sum(states_8bit(one) for one in trained),
             "adamw_sharded": 2 * gradients // processes,
         }[module.optimizer_name]
-    inputs = [one for one in (batch.target, batch.reference, batch.text) if one is not None]
+    inputs = [one for one in batch.tensors().values() if one is not None]
     rows = {
         "weights": weights,
         "gradients": gradients,
@@ -185,7 +195,7 @@ def states_8bit(parameter: Tensor) -> int:
     return 8 * count if count < 4096 else 2 * (count + 4 * -(-count // 256) + 4 * 256)
 
 
-def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None:
+def print_memory(module: PersonalisationModule, data: PersonalisationData, trainer: Any) -> None:
     """The table for what `fit` is about to do, and what the device has."""
     if not trainer.is_global_zero:
         return
@@ -193,7 +203,7 @@ def print_memory(module: BootPIG, data: TripletDataModule, trainer: Any) -> None
     ema = any(isinstance(callback, EMA) for callback in trainer.callbacks)
     rows = memory_table(module, data, precision=trainer.precision, device=device.type, processes=processes, ema=ema)
     share = largest_share(data.batch_size, processes)
-    uncompiled = ", without torch.compile" if module.hparams["compile"] else ""
+    uncompiled = ", without torch.compile" if module.hparams.get("compile") else ""
     show(rows, f"memory in each process, micro-batch {module.micro_size(share)} of {share}{uncompiled}")
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory

@@ -1,8 +1,7 @@
-"""`app`: a page to try a model on: references in, images out. Needs the optional group `app` (Gradio)."""
+"""What the page does, without the page: one model, one drawing at a time."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,52 +13,12 @@ from PIL import Image
 from pig.data.subjects import load_cutout
 from pig.data.transforms import normalise
 from pig.errors import InputError
-from pig.generate import default_device, load_pipeline
-from pig.models.backbone import TOYWORLD, SchedulerName, vae_scale
-from pig.models.foreground import DETECTOR, SegmenterName, make_segmenter
-from pig.pipelines.references import ReferenceCache
+from pig.methods import default_device, load_pipeline
+from pig.models.foreground import SegmenterName, make_segmenter
+from pig.sampling.references import ReferenceCache
 
-PASSWORD = "PIG_APP_PASSWORD"  # the environment variable: a command line can be read by others on the machine
-LOCAL = ("127.0.0.1", "localhost", "::1")
-MAX_REFERENCES, MAX_IMAGES, MAX_UPLOAD, MAX_WAITING = 8, 8, "20mb", 16
+MAX_REFERENCES, MAX_IMAGES = 8, 8
 CACHE_BYTES = 2**29
-
-
-def app(
-    model: str = TOYWORLD, host: str = "127.0.0.1", port: int = 7860, sam: str = TOYWORLD, detector: str = DETECTOR
-) -> None:
-    """Serve a page to draw with a model.
-
-    Args:
-        model: an exported model's folder, or `toyworld`.
-        host: the address to serve at. Any but the local one asks for a password, which PIG_APP_PASSWORD holds; the
-            user's name is `pig`.
-        port: of the page.
-        sam: weights of the segmenter `sam`; see `generate`.
-        detector: of the segmenter `grounded-sam`; see `generate`.
-    """
-    if not 0 < port < 65536:
-        raise InputError(f"--port {port}: from 1 to 65535")
-    password = os.environ.get(PASSWORD)
-    if host not in LOCAL and not password:
-        raise InputError(f"--host {host}: others could use this machine. Set {PASSWORD} to a password of your choice")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-
-        from pig.page import build_page
-    except ImportError as error:
-        raise InputError("the page needs Gradio: make app, or pip install 'pig[app]'") from error
-    page = build_page(Studio(model, sam, detector))
-    page.queue(max_size=MAX_WAITING)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        auth=("pig", password) if password else None,
-        max_file_size=MAX_UPLOAD,
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        footer_links=[],
-    )
 
 
 class Studio:
@@ -70,7 +29,7 @@ class Studio:
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.reference_cache = ReferenceCache(CACHE_BYTES)
         self.model, self.sam, self.detector = model, sam, detector
-        self.native: int = self.pipeline.base_unet.config.sample_size * vae_scale(self.pipeline.vae)
+        self.native: int = self.pipeline.native_size
         self._segmenters: dict[str, Any] = {}
         self._cancelled: dict[str, threading.Event] = {}
 
@@ -117,11 +76,10 @@ class Studio:
         prompt: str,
         count: int,
         seed: int,
-        scheduler: SchedulerName,
         hole: dict[str, Any],
         **settings: Any,
     ) -> list[tuple[Image.Image, str]]:
-        """Images with their seeds. `hole`: see there; `settings`: of the pipeline's call."""
+        """Images with their seeds. `hole`: see there; `settings`: the model's controls."""
         if not prompt or not prompt.strip():
             raise InputError("an empty prompt: say what shall be drawn")
         if not 1 <= count <= MAX_IMAGES:
@@ -129,8 +87,7 @@ class Studio:
         if seed is None or not 0 <= seed < 2**53:
             raise InputError("the seed must be a whole number from 0 on")
         cancelled = self._cancelled[session] = threading.Event()
-        self.pipeline.use_scheduler(scheduler)
-        total = settings["num_inference_steps"]
+        total = self.pipeline.settings(**settings).num_inference_steps
 
         def after_step(pipeline: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
             progress((step + 1) / total, desc=f"step {step + 1} of {total}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,15 +10,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from pig.attention import (
-    LastLayerReachedError,
-    Pooling,
-    ProjectedReferences,
-    References,
-    install_collecting_attention,
-    install_reference_attention,
-    self_attention_layers,
-)
+from pig.attention.install import self_attention_layers
+from pig.attention.merged import MergedReferences
+from pig.attention.reading import checkpoint_reading, install_reading, last_block, read_features, read_parameters
+from pig.attention.reference import Pooling, References, install_reference_attention
 from pig.models.deep_cache import full_pass, shallow_pass
 
 
@@ -52,7 +45,7 @@ class TwoUNet(nn.Module):
         if self_attention_layers(reference_unet) != self.layers:
             raise ValueError("base_unet and reference_unet differ in their self-attention layers")
         install_reference_attention(base_unet, pooling=pooling, key_scale=reference_key_scale)
-        install_collecting_attention(reference_unet)
+        install_reading(reference_unet)
         self.base_unet, self.reference_unet = base_unet, reference_unet
 
     def encode_reference(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -69,24 +62,13 @@ class TwoUNet(nn.Module):
         if latents.ndim != 5:
             raise ValueError(f"reference latents must be (B, K, 4, h, w), got {tuple(latents.shape)}")
         count = latents.shape[1]
-        collected: dict[str, Tensor] = {}
-        with contextlib.suppress(LastLayerReachedError):
-            self.reference_unet(
-                latents.flatten(0, 1),
-                timesteps.repeat_interleave(count),
-                text.repeat_interleave(count, dim=0),
-                cross_attention_kwargs={"collected": collected},
-            )
-        # A new dict: gradient checkpointing runs the layers again and would write into this one.
-        return {name: f_ref.unflatten(0, (-1, count)) for name, f_ref in collected.items()}
-
-    def project(self, features: Mapping[str, Tensor], **settings: Any) -> ProjectedReferences:
-        """Keys and values of reference features (P, K, N, C) for `sample`, where the samples are branches of the same
-        latents at the same t. `settings`: see `ProjectedReferences`."""
-        layers = {name: self.base_unet.get_submodule(name) for name in self.layers}
-        projected = {name: layer.processor.project(layer, features[name]) for name, layer in layers.items()}
-        keys, values = ({name: pair[i] for name, pair in projected.items()} for i in (0, 1))
-        return ProjectedReferences(keys, values, alike_at=self.layers[0], **settings)
+        features = read_features(
+            self.reference_unet,
+            latents.flatten(0, 1),
+            timesteps.repeat_interleave(count),
+            text.repeat_interleave(count, dim=0),
+        )
+        return {name: f_ref.unflatten(0, (-1, count)) for name, f_ref in features.items()}
 
     def forward(
         self,
@@ -106,7 +88,7 @@ class TwoUNet(nn.Module):
             references: what `encode_reference` returned (features with B = 1 serve all samples).
             kept: (B',) long, the samples that `references` are of, where those of the others are left out.
         """
-        arguments = None if references is None else {"references": References(references, kept)}
+        arguments = None if references is None else {"context": References(references, kept)}
         return self.base_unet(latents, timesteps, text, cross_attention_kwargs=arguments).sample
 
     def sample(
@@ -114,17 +96,17 @@ class TwoUNet(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         text: Tensor,
-        references: ProjectedReferences | None,
+        references: MergedReferences | None,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The same in sampling, where `project` has made ready what the references give. Not for training.
+        """The same in sampling, where the samples are branches of the same latents at the same t. Not for training.
 
         deep: an earlier step's deep features of the same batch, to be used again in place of a full pass (DeepCache).
 
         Returns:
             The prediction (B, 4, h, w), and the deep features.
         """
-        arguments = None if references is None else {"references": references}
+        arguments = None if references is None else {"context": references}
         if deep is None:
             return full_pass(self.base_unet, latents, timesteps, text, arguments)
         return shallow_pass(self.base_unet, latents, timesteps, text, arguments, deep), deep
@@ -135,15 +117,10 @@ class TwoUNet(nn.Module):
         `reference_unet`: all of U_phi but what lies behind its last `attn1` input, which can never get a gradient.
         `rsa`: W_q, W_k, W_v, W_o of the base's `attn1`.
         """
-        block, transformer = self.layers[-1].removesuffix(".attn1"), self.layers[-1].split(".transformer_blocks.")[0]
-        behind = tuple(f"{block}.{part}." for part in ("attn1", "attn2", "norm2", "norm3", "ff"))
-        behind += (f"{transformer}.proj_out.", "conv_norm_out.", "conv_out.")
         rsa = tuple(f"{name}." for name in self.layers)
         return {
             "reference_unet": {
-                f"reference_unet.{name}": parameter
-                for name, parameter in self.reference_unet.named_parameters()
-                if not name.startswith(behind)
+                f"reference_unet.{name}": parameter for name, parameter in read_parameters(self.reference_unet).items()
             },
             "rsa": {
                 f"base_unet.{name}": parameter
@@ -159,16 +136,12 @@ class TwoUNet(nn.Module):
         """
         # Of one function: each layer is one of its own, and once more for a batch, or kept references, of 1 and of 0.
         torch._dynamo.config.recompile_limit = 128
-        last = self.reference_unet.get_submodule(self.layers[-1].removesuffix(".attn1"))
+        last = self.reference_unet.get_submodule(last_block(self.reference_unet))
         for module in self.modules():
-            # An exception ends the pass in the last one.
             if isinstance(module, ResnetBlock2D | BasicTransformerBlock) and module is not last:
                 module.compile(dynamic=True)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: same loss and gradients, less memory, more time."""
         self.base_unet.enable_gradient_checkpointing()
-        self.reference_unet.enable_gradient_checkpointing()
-        # The pass ends inside the last transformer; a checkpointed region must not be left half-way.
-        last = self.reference_unet.get_submodule(self.layers[-1].split(".transformer_blocks.")[0])
-        last.gradient_checkpointing = False
+        checkpoint_reading(self.reference_unet)

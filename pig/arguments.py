@@ -1,0 +1,138 @@
+"""Command-line arguments from a function's signature and docstring, flat, whatever dataclasses they are grouped in."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+from omegaconf import OmegaConf
+
+from pig.errors import InputError
+from pig.methods import FORMS, find_model, pipeline_class
+from pig.models.backbone import TOYWORLD
+from pig.sampling.settings import Control, controls
+
+SETTINGS = "settings"  # the parameter that takes a model's controls
+
+
+def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function `module:name`, and the values that the words give its parameters.
+
+    Parameters become flags: a list takes several words, a bool is a switch, a positional-only list stands without a
+    flag, the fields of a dataclass are flags of their own. A parameter `settings` takes the controls of the model that
+    `--model` names, whose flags and defaults are then those of that model.
+    """
+    module, _, name = target.partition(":")
+    function = getattr(import_module(module), name)
+    # `--save-references` is `--save_references`, with or without `=...`.
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+    described = docstring_parser.parse(function.__doc__ or "")
+    parser = jsonargparse.ArgumentParser(prog=prog, description=described.short_description)
+    parser.add_argument("--config", action="config", help="a YAML file with any of these arguments")
+    helps = {one.arg_name: one.description or "" for one in described.params}
+    hints = get_type_hints(function)
+    groups: dict[str, type] = {}
+    positional = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if parameter.name == SETTINGS:
+            continue
+        if (group := _dataclass_of(hint)) is not None:
+            groups[parameter.name] = group
+            fields, own = get_type_hints(group), docstring_parser.parse_from_object(group)
+            told = {one.arg_name: one.description or "" for one in own.params}
+            for field in dataclasses.fields(group):
+                _add(parser, field.name, fields[field.name], field.default, told[field.name])
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(parameter.name)
+        _add(parser, parameter.name, hint, parameter.default, helps[parameter.name], parameter.name in positional)
+    asked: dict[str, str] = {}  # flag -> control
+    if SETTINGS in hints:
+        asked = _add_controls(parser, words)
+    values = parser.parse_args(list(words)).as_dict()
+    values.pop("config")
+    settings = {control: values.pop(control) for control in dict.fromkeys(asked.values())}
+    for name, group in groups.items():
+        values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+    if SETTINGS in hints:
+        values[SETTINGS] = settings
+    first = [values.pop(name) for name in positional]
+    return (lambda **rest: function(*first, **rest)) if first else function, values
+
+
+def _add(
+    parser: jsonargparse.ArgumentParser, name: str, hint: Any, default: Any, told: str, positional: bool = False
+) -> None:
+    told = told.replace("MODEL_FORMS", FORMS)
+    kinds = [one for one in (hint, *get_args(hint)) if get_origin(one) is list]
+    flag = name if positional else f"--{name}"
+    if hint is bool:
+        parser.add_argument(flag, action="store_true", help=told)
+    elif kinds:  # as everyone types them, `--references a.jpg b.jpg`; jsonargparse's own form is `[a.jpg,b.jpg]`
+        more = {} if positional or default is dataclasses.MISSING else {"default": None}
+        parser.add_argument(flag, nargs="+", type=get_args(kinds[0])[0], help=told, **more)
+    elif default in (inspect.Parameter.empty, dataclasses.MISSING):
+        parser.add_argument(flag, type=hint, required=True, help=told)
+    else:
+        parser.add_argument(flag, type=hint, default=default, help=told)
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((one for one in kinds if dataclasses.is_dataclass(one) and isinstance(one, type)), None)
+
+
+def _add_controls(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
+    """Flags of the controls of the model that the words name, with that model's defaults; flag -> control."""
+    model = _named_model(words)
+    source = find_model(model)
+    group = parser.add_argument_group(f"controls of {model} ({source.method})")
+    found: dict[str, str] = {}
+    for one in controls(pipeline_class(source.method).Settings):
+        flags = [f"--{name}" for name in (one.name, one.alias) if name]
+        default = source.settings.get(one.name, one.default)
+        group.add_argument(*flags, default=default, help=one.help.rstrip(".") + _range(one), **_type(one))
+        found |= {name: one.name for name in (one.name, one.alias) if name}
+    return found
+
+
+def _type(one: Control) -> dict[str, Any]:
+    if one.kind is tuple:
+        return {"nargs": "+", "type": float}
+    if one.choices:
+        return {"choices": [choice for choice in one.choices if choice is not None]}
+    return {"type": one.kind}
+
+
+def _range(one: Control) -> str:
+    low, high = one.range
+    if one.kind not in (int, float) or low == -float("inf"):
+        return ""
+    return f"; at least {low:g}" if high == float("inf") else f"; from {low:g} to {high:g}"
+
+
+def _named_model(words: Sequence[str]) -> str:
+    """`--model` of the command line, else of a config file, else the embedded one."""
+    named: dict[str, str] = {}
+    for at, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("--model", "--config"):
+            named[flag] = value if equals else next(iter(words[at + 1 : at + 2]), "")
+    if named.get("--model"):
+        return named["--model"]
+    if named.get("--config"):
+        try:
+            told = OmegaConf.to_container(OmegaConf.load(named["--config"]))
+        except Exception as error:
+            raise InputError(f"--config {named['--config']}: {str(error).splitlines()[0]}") from error
+        if isinstance(told, Mapping) and told.get("model"):
+            return str(told["model"])
+    return TOYWORLD

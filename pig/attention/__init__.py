@@ -1,0 +1,10 @@
+"""The only folder that touches attention. Start with `reference`, BootPIG's Reference Self-Attention.
+
+`products`: queries, keys, values. `reference`: RSA as it is trained. `merged`: the same in sampling, by log sums.
+`reading`: the Reference UNet's side. `install`: which processor serves which layer.
+
+Notation: f = input of a self-attention layer `attn1` (after its LayerNorm), (B, N, C); f_ref = the same layer's input
+in the Reference UNet; K = references per sample; H = heads. All state travels in one argument, `context`, through
+`cross_attention_kwargs`: a plain object (accelerate's hooks copy mappings and tuples, and what a processor notes in a
+copy is lost). The processors themselves hold settings only, and are the only code that uses the layers' weights.
+"""

@@ -1,0 +1,1 @@
+"""The page: `serve` starts it, `studio` is what it does, `page` how it looks in Gradio."""

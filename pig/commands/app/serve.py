@@ -1,0 +1,51 @@
+"""`app`: a page to try a model on: references in, images out. Needs the optional group `app` (Gradio)."""
+
+from __future__ import annotations
+
+import os
+
+from pig.commands.app.studio import Studio
+from pig.errors import InputError
+from pig.models.backbone import TOYWORLD
+from pig.models.foreground import DETECTOR
+
+PASSWORD = "PIG_APP_PASSWORD"  # the environment variable: a command line can be read by others on the machine
+LOCAL = ("127.0.0.1", "localhost", "::1")
+MAX_UPLOAD, MAX_WAITING = "20mb", 16
+
+
+def app(
+    model: str = TOYWORLD, host: str = "127.0.0.1", port: int = 7860, sam: str = TOYWORLD, detector: str = DETECTOR
+) -> None:
+    """Serve a page to draw with a model.
+
+    Args:
+        model: MODEL_FORMS.
+        host: the address to serve at. Any but the local one asks for a password, which PIG_APP_PASSWORD holds; the
+            user's name is `pig`.
+        port: of the page.
+        sam: weights of the segmenter `sam`; see `generate`.
+        detector: of the segmenter `grounded-sam`; see `generate`.
+    """
+    if not 0 < port < 65536:
+        raise InputError(f"--port {port}: from 1 to 65535")
+    password = os.environ.get(PASSWORD)
+    if host not in LOCAL and not password:
+        raise InputError(f"--host {host}: others could use this machine. Set {PASSWORD} to a password of your choice")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+
+        from pig.commands.app.page import build_page
+    except ImportError as error:
+        raise InputError("the page needs Gradio: make app, or pip install 'pig[app]'") from error
+    page = build_page(Studio(model, sam, detector))
+    page.queue(max_size=MAX_WAITING)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=("pig", password) if password else None,
+        max_file_size=MAX_UPLOAD,
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        footer_links=[],
+    )

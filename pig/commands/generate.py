@@ -1,0 +1,352 @@
+"""`generate`: draw one subject, or a whole benchmark into the images folder of the contract (`pig.data.images`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from pig.data.images import MANIFEST, Job, forget, make_folder, read_manifest, save_generated
+from pig.data.subjects import Segment, SubjectFolder, load_cutout, read_subjects
+from pig.data.transforms import load_image, reference_picture
+from pig.errors import InputError, check_ranges
+from pig.methods import default_device, find_model, load_pipeline, pipeline_class
+from pig.models.backbone import TOYWORLD
+from pig.models.foreground import DETECTOR, SegmenterName, make_segmenter
+from pig.sampling.inpainting import check_mask
+from pig.sampling.pipeline import SubjectPipeline
+from pig.sampling.references import ReferenceCache, digest
+
+CUTOUTS = "cutouts"  # the folder for `--save_references`
+console = Console()
+
+
+@dataclass
+class Subjects:
+    """What is drawn: the subject of some pictures under some prompts, or a whole benchmark."""
+
+    references: list[Path] | None = None
+    """Pictures of one subject. The object is found by the picture's own alpha, else by a `NAME.mask.png` beside it,
+    else by the segmenter."""
+    prompt: list[str] | None = None
+    """One or several, such as "a photo of a mug, on a beach"."""
+    subjects: Path | None = None
+    """In place of references and prompt: a folder of subjects in DreamBooth's layout."""
+    prompts: Path | None = None
+    """For --subjects: the prompts file, by default the folder's own `prompts_and_classes.txt`."""
+    class_noun: str = ""
+    """What the references show; with --subjects the classes are known."""
+    references_per_subject: int | None = None
+    """Use the first so many pictures; all by default."""
+    image: Path | None = None
+    """Inpainting: the picture to draw into."""
+    mask: Path | None = None
+    """Inpainting: of the picture's size, white where to draw."""
+
+    def read(self, reads_references: bool) -> list[SubjectFolder]:
+        """
+        Raises:
+            InputError: what is given does not fit together, or cannot be read.
+        """
+        if self.subjects is not None:
+            if self.references or self.prompt or self.image is not None:
+                raise InputError(
+                    "--subjects has references and prompts of its own; leave --references, --prompt, --image"
+                )
+            return read_subjects(self.subjects, self.prompts)
+        if not self.prompt or (reads_references and not self.references):
+            raise InputError("give --references and --prompt; or --subjects, for a whole benchmark")
+        if not all(text.strip() for text in self.prompt):
+            raise InputError("--prompt: an empty prompt")
+        if self.prompts is not None:
+            raise InputError("--prompts is for --subjects")
+        templates = tuple(text.replace("{", "{{").replace("}", "}}") for text in self.prompt)
+        return [SubjectFolder("references", self.class_noun, tuple(self.references or ()), templates)]
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """What inpainting gives the pipeline's call."""
+        if (self.image is None) != (self.mask is None):
+            raise InputError("inpainting needs both --image and --mask")
+        if self.image is None or self.mask is None:
+            return {}
+        image, mask = load_image(self.image).convert("RGB"), load_image(self.mask)
+        check_mask(image, mask)
+        return {"image": image, "mask_image": mask}
+
+
+@dataclass
+class CuttingOut:
+    """How the references' objects are found."""
+
+    segmenter: SegmenterName = "none"
+    """none (the picture is taken as it is), sam, grounded-sam (needs a class noun) or rembg."""
+    sam: str = TOYWORLD
+    """`toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
+    detector: str = DETECTOR
+    """Of grounded-sam: a Grounding DINO in transformers' format."""
+    box: list[float] | None = None
+    """For sam: where the object is, x0 y0 x1 y1 in pixels (all references alike)."""
+    point: list[float] | None = None
+    """For sam: x y of a pixel of the object."""
+    save_references: bool = False
+    """Write what was cut out into `OUT/cutouts`."""
+
+    def make(self) -> Segment | None:
+        return make_segmenter(
+            self.segmenter,
+            sam=self.sam,
+            detector=self.detector,
+            box=self.box,
+            point=self.point,
+            device=default_device(),
+        )
+
+
+@dataclass
+class Output:
+    """How many pictures, and how they are drawn."""
+
+    images_per_prompt: int = 4
+    """With seeds `seed`, `seed + 1`, ..."""
+    seed: int = 0
+    """Of the first image of each prompt."""
+    height: int | None = None
+    """In pixels, a multiple of 8; the model's own by default."""
+    width: int | None = None
+    """Likewise."""
+    batch_size: int = 8
+    """Images drawn at a time."""
+    shard: str = "0/1"
+    """For --subjects, I/N: draw the I-th of N equal parts (I from 0), on as many devices or machines."""
+    reference_cache: float = 0.0
+    """GiB of memory for what was read of references, to be used again."""
+
+    def check(self) -> None:
+        if not 0 <= self.seed < 2**63 - self.images_per_prompt:
+            raise InputError(f"--seed must lie between 0 and 2^63, got {self.seed}")
+        if self.images_per_prompt < 1 or self.batch_size < 1:
+            raise InputError("--images_per_prompt and --batch_size must be at least 1")
+        check_ranges(reference_cache=(self.reference_cache, 0, 4096))
+
+
+def generate(
+    out: Path,
+    model: str = TOYWORLD,
+    what: Subjects | None = None,
+    cutting_out: CuttingOut | None = None,
+    output: Output | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw the subject of the reference pictures; or, with --subjects, a whole benchmark.
+
+    Args:
+        out: folder for the images, `SUBJECT/PROMPT_INDEX/SEED.png` (`references` is the subject's name where
+            --references are given), and `manifest.jsonl`. What is finished in it is not drawn again.
+        model: MODEL_FORMS. `--model X --help` lists that model's own controls.
+        settings: the model's controls.
+    """
+    what, cutting_out, output = what or Subjects(), cutting_out or CuttingOut(), output or Output()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, not a folder")
+    output.check()
+    source = find_model(model)
+    kind = pipeline_class(source.method)
+    chosen = kind.Settings.given(source.settings, settings or {})
+    part, parts = parse_shard(output.shard)
+    known = what.read(kind.reads_references)
+    if what.subjects is None and parts > 1:
+        raise InputError("--shard is for --subjects")
+    pictures = what.pictures()
+    jobs = [
+        Job(subject, index, one)
+        for subject in known
+        for index in range(len(subject.prompts))
+        for one in range(output.seed, output.seed + output.images_per_prompt)
+    ]
+    jobs = jobs[len(jobs) * part // parts : len(jobs) * (part + 1) // parts]
+    # Cut out now, before anything long: a photograph without an object must not end a benchmark in the middle.
+    mine = list(dict.fromkeys(job.subject for job in jobs))
+    cutouts: dict[str, list[Image.Image]] = {subject.name: [] for subject in mine}
+    if kind.reads_references:
+        saved = out if cutting_out.save_references else None
+        cutouts = cut_out_all(mine, what.references_per_subject, cutting_out.make(), saved)
+    pipeline = load_pipeline(model)
+    if output.reference_cache > 0:
+        pipeline.reference_cache = ReferenceCache(int(output.reference_cache * 2**30))
+    manifest = MANIFEST if parts == 1 else f"manifest-{part}-of-{parts}.jsonl"
+    more = {"height": output.height, "width": output.width, **pictures}
+    draw_jobs(
+        pipeline,
+        jobs,
+        cutouts,
+        out,
+        chosen.as_json(),
+        more=more,
+        batch_size=output.batch_size,
+        manifest=manifest,
+    )
+    if what.subjects is None:
+        for job in jobs:
+            print(out / job.file)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N` with 0 <= I < N."""
+    part, slash, parts = text.partition("/")
+    if not (slash and text.isascii() and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise InputError(f"--shard must be I/N with I from 0 to N - 1, such as 0/4, got {text!r}")
+    return int(part), int(parts)
+
+
+def cut_out_all(
+    subjects: Sequence[SubjectFolder], count: int | None, segment: Segment | None = None, out: Path | None = None
+) -> dict[str, list[Image.Image]]:
+    """Subject -> RGBA cut-outs of its first `count` pictures; on white into `out`, where given."""
+    if count is not None and count < 1:
+        raise InputError(f"--references_per_subject must be at least 1, got {count}")
+    found: dict[str, list[Image.Image]] = {}
+    mistakes = []
+    for subject in subjects:
+        found[subject.name] = []
+        for number, path in enumerate(subject.images[:count]):
+            try:
+                cutout = load_cutout(path, segment, subject.class_noun)
+            except InputError as error:
+                mistakes.append(str(error))
+                continue
+            found[subject.name].append(cutout)
+            if out is not None:
+                shown = out / CUTOUTS / subject.name / f"{number:02d}_{path.stem}.png"
+                make_folder(shown.parent)
+                reference_picture(cutout, max(cutout.size)).save(shown)
+    if mistakes:
+        more = f" (and {len(mistakes) - 5} more)" if len(mistakes) > 5 else ""
+        raise InputError("\n".join(mistakes[:5]) + more)
+    return found
+
+
+def draw_jobs(
+    pipeline: SubjectPipeline,
+    jobs: Sequence[Job],
+    cutouts: Mapping[str, Sequence[Image.Image]],
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    more: Mapping[str, Any] | None = None,
+    batch_size: int,
+    manifest: str = MANIFEST,
+) -> None:
+    """Draw the images that `out` does not have yet, with these settings; the rest as the model has it.
+
+    cutouts: the references of each subject, by its name. more: what else the pipeline's call gets (size, inpainting).
+
+    Raises:
+        InputError: `out` holds images of other settings, another model or other references.
+    """
+    make_folder(out)
+    chosen, more = pipeline.settings(**settings), more or {}
+    given = {**chosen.as_json(), **more}
+    common = {
+        **{name: picture_digest(one) if isinstance(one, Image.Image) else one for name, one in given.items()},
+        "scheduler": type(pipeline.scheduler_of(chosen)).__name__,
+        "model": model_digest(pipeline),
+    }
+    digests = {name: [picture_digest(one) for one in cutouts[name]] for name in {job.subject.name for job in jobs}}
+    used = {job: json.loads(json.dumps({**common, "references": digests[job.subject.name]})) for job in jobs}
+    lines = read_manifest(out)
+    todo = [job for job in jobs if not is_finished(out, job, lines.get(job.file), used[job])]
+    if len(todo) < len(jobs):
+        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} images are finished already")
+    forget(out, {job.file for job in todo if job.file in lines})
+    batches = list(in_batches(todo, cutouts, batch_size))
+    several = len(batches) > 2
+    pipeline.set_progress_bar_config(disable=several or None)
+    try:
+        if several:
+            announce(pipeline, batches[0], cutouts, given, len(todo))
+        for batch in track(batches, f"drawing {out.name}", console=console) if several else batches:
+            drawn = pipeline(
+                [job.prompt for job in batch],
+                [cutouts[job.subject.name] for job in batch],
+                generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+                **given,
+            )
+            for job, picture in zip(batch, drawn.images, strict=True):
+                save_generated(out, job, picture, method=pipeline.method, settings=used[job], manifest=manifest)
+    except InputError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # nothing was drawn: leave no empty folder behind
+        raise
+
+
+def is_finished(out: Path, job: Job, line: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:
+    """Whether the image is there, whole, and drawn as it would be drawn now."""
+    if line is None or not (out / job.file).exists():
+        return False
+    now = {"prompt": job.prompt, **settings}
+    then = {"prompt": line.get("prompt"), **line.get("settings", {})}
+    # The model's digest last: it says least.
+    names = sorted({*now, *then}, key=lambda name: (name == "model", name))
+    other = [name for name in names if now.get(name) != then.get(name)]
+    if other:
+        raise InputError(
+            f"{out} holds images that were drawn otherwise: {job.file} with {other[0]}={then.get(other[0])!r}, now "
+            f"{now.get(other[0])!r}. Give another --out, or delete the folder"
+        )
+    try:
+        load_image(out / job.file)
+    except InputError:  # torn: it is drawn again
+        return False
+    return True
+
+
+def in_batches(jobs: Sequence[Job], cutouts: Mapping[str, Sequence[Image.Image]], size: int) -> Iterator[list[Job]]:
+    """Neighbours; the references of a batch must be equally many for all."""
+    for _, group in groupby(jobs, key=lambda job: len(cutouts[job.subject.name])):
+        alike = list(group)
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def announce(
+    pipeline: SubjectPipeline,
+    batch: Sequence[Job],
+    cutouts: Mapping[str, Sequence[Image.Image]],
+    given: Mapping[str, Any],
+    count: int,
+) -> None:
+    """Say how long `count` images will take, from one and two real steps of the first batch."""
+    pipeline.set_progress_bar_config(disable=True)
+    seconds = []
+    for steps in (1, 1, 2):  # the first one warms up
+        began = time.perf_counter()
+        references = [cutouts[job.subject.name] for job in batch]
+        pipeline([job.prompt for job in batch], references, **{**given, "num_inference_steps": steps})
+        seconds.append(time.perf_counter() - began)
+    per_step = max(0.0, seconds[2] - seconds[1])
+    per_batch = seconds[1] + per_step * (given["num_inference_steps"] - 1)
+    console.print(f"{count} images, on this machine about {per_batch * count / len(batch) / 60:.1f} minutes")
+
+
+def model_digest(pipeline: SubjectPipeline) -> str:
+    """Of all that a model brings to a picture: weights, settings, noise schedule, vocabulary."""
+    modules = [one for _, one in sorted(pipeline.components.items()) if isinstance(one, torch.nn.Module)]
+    weights = digest(*(weight for module in modules for weight in module.parameters()))
+    told = {"method": pipeline.method, "settings": pipeline.config.settings, **pipeline.model_options()}
+    texts = (told, dict(pipeline.scheduler.config), pipeline.tokenizer.get_vocab())
+    words = json.dumps(texts, sort_keys=True, default=str)
+    return hashlib.sha256((weights + words).encode()).hexdigest()[:16]
+
+
+def picture_digest(picture: Image.Image) -> str:
+    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:16]

@@ -1,0 +1,139 @@
+"""BootPIG (arXiv 2401.13974): train a Reference UNet and the RSA layers of a Base UNet on triplets."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from pig import diffusion
+from pig.attention.reference import Pooling
+from pig.data.schema import Batch
+from pig.errors import InputError
+from pig.methods.bootpig.network import TwoUNet
+from pig.methods.bootpig.pipeline import BootPIGPipeline, ReferenceCaption, reference_prompt
+from pig.models.backbone import latent_shape, sent
+from pig.training.module import PersonalisationModule
+from pig.training.optimizers import OptimizerName, Schedule
+
+
+class BootPIG(PersonalisationModule):
+    """Algorithm 1 of the paper.
+
+    Args:
+        base: see `PersonalisationModule`.
+        lr_reference, lr_rsa: learning rates of the Reference UNet and of the base's RSA layers (section 4.1); 0
+            freezes the group (the ablations of Table 2).
+        schedule: of the learning rates: `constant` (paper), or `cosine` to 0 at the end of the run.
+        reference_dropout: probability that a sample's references are left out (section 3.3).
+        caption_dropout: probability that a sample's caption is emptied, for the Base UNet only (section 3.3).
+        reference_timestep: fixed t of the references; None takes the target's t (paper).
+        reference_caption: see `reference_prompt`.
+        pooling, reference_key_scale: see `TwoUNet`.
+        image_guidance, text_guidance: what the pipeline takes where none is named (section 4.1).
+        gradient_checkpointing: less memory for about a third more time; same gradients.
+        compile: the UNets' repeated blocks by `torch.compile`: minutes at the start, for GPUs.
+        optimizer, micro_batch: see `PersonalisationModule`.
+    """
+
+    method = "bootpig"
+    net: TwoUNet
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        lr_reference: float = 5e-6,
+        lr_rsa: float = 1e-6,
+        schedule: Schedule = "constant",
+        reference_dropout: float = 0.15,
+        caption_dropout: float = 0.15,
+        reference_timestep: int | None = None,
+        reference_caption: ReferenceCaption = "caption",
+        pooling: Pooling = "softmax",
+        reference_key_scale: float = 1.0,
+        image_guidance: float = 5.0,
+        text_guidance: float = 7.5,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        optimizer: OptimizerName = "adamw",
+        micro_batch: int | None = None,
+    ) -> None:
+        for name, value in (("reference_dropout", reference_dropout), ("caption_dropout", caption_dropout)):
+            if not 0 <= value <= 1:
+                raise InputError(f"model.{name} is a probability, got {value}")
+        super().__init__(base, optimizer, micro_batch)
+        if reference_timestep is not None and not 0 <= reference_timestep < self.train_timesteps:
+            raise InputError(
+                f"model.reference_timestep must be in [0, {self.train_timesteps}), got {reference_timestep}"
+            )
+        self.save_hyperparameters()
+        self.net = TwoUNet(
+            self.backbone.unet,
+            copy.deepcopy(self.backbone.unet),
+            pooling=pooling,
+            reference_key_scale=reference_key_scale,
+        )
+        self.net.train()  # `from_pretrained` leaves modules in eval mode
+        if gradient_checkpointing:
+            self.net.enable_gradient_checkpointing()
+        if compile:
+            self.net.compile_blocks()
+        self.dropout = {"reference": reference_dropout, "caption": caption_dropout}
+        self.reference_timestep, self.reference_caption = reference_timestep, reference_caption
+        self.train_only({"reference_unet": lr_reference, "rsa": lr_rsa}, schedule)
+
+    def losses(self, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Squared error of each sample, (B,), and its timestep, (B,)."""
+        self.check_encoded(batch.encoded_by)
+        reference = batch.references()
+        noise, noise_ref, u = diffusion.draw(
+            batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, reference), uniforms=3
+        )
+        # Decided on the CPU, so that nothing waits for a GPU. U_phi runs for the kept references, their number rounded
+        # up to eighths of the batch: few sizes, so that kernels are chosen seldom. Not 0, so that every process has its
+        # gradient, nor 1, for which compiled blocks are compiled again.
+        drops = self.dropout if training else dict.fromkeys(self.dropout, 0.0)
+        dropped, eighth = u[:, 1] < drops["reference"], max(1, len(u) // 8)
+        order, count = dropped.long().argsort(stable=True), int((~dropped).sum())
+        kept, read = order[:count], order[: max(2, eighth * -(-count // eighth))]
+        noise, noise_ref, u, kept, read = (sent(x, self.device) for x in (noise, noise_ref[read], u, kept, read))
+        t = (u[:, 0] * self.train_timesteps).long()
+        t_ref = t[read] if self.reference_timestep is None else torch.full_like(read, self.reference_timestep)
+
+        z_0, z_ref_0 = self.encode_pictures(batch.target, reference[read])
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, t)
+        alpha_ref, sigma_ref = (s.unsqueeze(1) for s in diffusion.alpha_sigma(self.alphas_cumprod, t_ref))
+        z_t = diffusion.add_noise(z_0, noise, alpha, sigma)
+        z_ref_t = diffusion.add_noise(z_ref_0, noise_ref, alpha_ref, sigma_ref)
+
+        dtype = self.net.base_unet.dtype
+        told = [reference_prompt(caption, self.reference_caption) for caption in batch.captions]
+        text, text_ref, empty = self.encode_captions(batch, told)
+        references = self.net.encode_reference(z_ref_t.to(dtype), t_ref, text_ref[read])
+        # After U_phi has run: only the Base UNet's caption is emptied.
+        text = torch.where((u[:, 2] < drops["caption"]).view(-1, 1, 1), empty, text)
+        references = {name: f[:count] for name, f in references.items()}
+        predicted = self.net(z_t.to(dtype), t, text, references, kept=kept if drops["reference"] else None)
+
+        target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)
+        return diffusion.loss_per_sample(predicted, target), t
+
+    def pipeline(self) -> BootPIGPipeline:
+        names = ("image_guidance", "text_guidance", "pooling", "reference_caption")
+        pipeline = BootPIGPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.backbone.tokenizer,
+            base_unet=self.net.base_unet,
+            reference_unet=self.net.reference_unet,
+            scheduler=copy.deepcopy(self.backbone.scheduler),
+            reference_key_scale=self.hparams["reference_key_scale"],
+            reference_timestep=self.reference_timestep,
+            base=self.base,
+            settings={name: self.hparams[name] for name in names},
+            network=self.net,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline

@@ -1,5 +1,0 @@
-"""One diffusers pipeline per method."""
-
-from pig.pipelines.bootpig import BootPIGPipeline
-
-__all__ = ["BootPIGPipeline"]

@@ -1,0 +1,316 @@
+"""The face that every method's pipeline has: prompts and references in, pictures out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from pig.data.subjects import Segment
+from pig.data.transforms import reference_picture, to_images, to_tensor
+from pig.errors import InputError, check_named, check_ranges
+from pig.models.backbone import (
+    Backbone,
+    align,
+    check_size,
+    decode_latents,
+    encode_images,
+    make_scheduler,
+    tokenize,
+    vae_scale,
+)
+from pig.sampling.inpainting import KnownRegion
+from pig.sampling.loop import OnStep, Predict, denoise
+from pig.sampling.references import Picture, ReferenceCache, cut_outs_of
+from pig.sampling.settings import SamplingSettings, controls
+
+log = logging.getLogger(__name__)
+
+OutputType = Literal["pil", "pt", "np", "latent"]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a pipeline, checked.
+
+    prompts: P of them. references: the cut-outs (RGBA) of each prompt, equally many; none for a method that reads none.
+    scheduler: with the call's timesteps set. known: the part of a picture that stays (inpainting).
+    """
+
+    prompts: list[str]
+    references: list[list[Image.Image]]
+    class_noun: str
+    images_per_prompt: int
+    height: int
+    width: int
+    scheduler: SchedulerMixin
+    generator: Generator | list[Generator] | None
+    on_step: OnStep
+    known: KnownRegion | None = None
+
+    @property
+    def count(self) -> int:
+        """Pictures, prompt by prompt."""
+        return len(self.prompts) * self.images_per_prompt
+
+
+class SubjectPipeline(DiffusionPipeline):
+    """Base of the methods' pipelines.
+
+    A method registers its parts and its own defaults in `__init__` (`register`), makes itself from a base model
+    (`from_backbone`), and says how to read what a call is given (`condition`) and to predict a step (`predict`).
+    Everything else (prompts, sizes, references, inpainting, the loop, callbacks, output) stands here.
+    """
+
+    method: ClassVar[str]  # its name in the registry
+    Settings: ClassVar[type[SamplingSettings]] = SamplingSettings
+    reads_references: ClassVar[bool] = True
+    denoiser: ClassVar[str] = "unet"  # the component that draws
+
+    network: nn.Module  # with `trainable_parameters()`, by which deltas are written
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__call__ = _signed(SubjectPipeline.__call__, cls.Settings)  # type: ignore[method-assign]
+
+    # -- what a method defines ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(cls, backbone: Backbone, *, base: str, settings: Mapping[str, Any], **options: Any) -> Self:
+        """The method on a base model, untrained.
+
+        Args:
+            base: the base model's name, as `load_backbone` takes it.
+            settings: what the model's defaults are, where they differ from the class's.
+            options: of the method's networks; those that `model_options` gives.
+        """
+        raise NotImplementedError
+
+    def condition(self, call: Call, settings: Any) -> Any:
+        """What the steps need of prompts and references, read once per call."""
+        raise NotImplementedError
+
+    def predict(self, latents: Tensor, t: Tensor, step: int, condition: Any, settings: Any) -> Tensor:
+        """The guided prediction (B, 4, h, w) of one step; latents as the scheduler scales them for a network."""
+        raise NotImplementedError
+
+    def draw(self, noise: Tensor, call: Call, condition: Any, settings: Any) -> Tensor:
+        """Latents (B, 4, h, w) of the pictures from standard normal noise; by default one run of the loop."""
+
+        def predict(latents: Tensor, t: Tensor, step: int) -> Tensor:
+            return self.predict(latents, t, step, condition, settings)
+
+        latents = noise * call.scheduler.init_noise_sigma
+        return self.denoise(predict, latents, call.scheduler.timesteps, call)
+
+    def denoise(self, predict: Predict, latents: Tensor, timesteps: Tensor, call: Call) -> Tensor:
+        """One run of the loop over these timesteps, with the call's scheduler, callback and progress bar."""
+        with self.progress_bar(total=len(timesteps)) as bar:
+
+            def on_step(step: int, t: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
+                bar.update()
+                return call.on_step(step, t, latents)
+
+            return denoise(
+                predict,
+                latents,
+                call.scheduler,
+                timesteps,
+                generator=call.generator,
+                known=call.known,
+                on_step=on_step,
+            )
+
+    def model_options(self) -> dict[str, Any]:
+        """The options of `from_backbone` that this model was made with, as JSON."""
+        return {}
+
+    # -- shared -------------------------------------------------------------------------------------------------------
+
+    def register(self, *, base: str | None, settings: Mapping[str, Any] | None, parts: Mapping[str, Any]) -> None:
+        """Note the parts, where they come from, and the model's own defaults (checked)."""
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                align(part)
+        self.register_modules(**parts)
+        self.register_to_config(base=base, settings=dict(settings or {}))
+        self.Settings.given(self.config.settings, {})
+        self.reference_cache: ReferenceCache | None = None
+
+    def settings(self, **named: Any) -> Any:
+        """The settings of a call that names these: the rest as the model has it.
+
+        Raises:
+            InputError: an unknown control, or a value it does not take.
+        """
+        return self.Settings.given(self.config.settings, named)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        references: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        *,
+        class_noun: str = "",
+        segment: Segment | None = None,
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **settings: Any,
+    ) -> Any:
+        """Draw `num_images_per_prompt` pictures for each prompt.
+
+        Args:
+            prompt: one or several.
+            references: pictures of the subject, the same for all prompts; or a list of such lists, one for each
+                prompt, all of one length. A picture is a file, PIL, or PIL and its mask. The object is found by the
+                picture's own alpha, else by its mask (of a file, by `NAME.mask.png`), else by `segment`; without any
+                of them the whole picture is taken.
+            class_noun: what the references show.
+            segment: see `pig.models.foreground.make_segmenter`.
+            image, mask_image: inpainting: draw only where the mask is white; see `KnownRegion`.
+            height, width: in pixels; by default what the base model was trained at, or the size of `image`.
+            generator: one for all pictures, or a list with one for each picture, prompt by prompt.
+            latents: (N, 4, height / 8, width / 8), standard normal noise to start from, in place of the generator's.
+            output_type: `pil`; `pt`: (N, 3, H, W) in [0, 1]; `np`: (N, H, W, 3) in [0, 1]; `latent`: (N, 4, h, w),
+                scaled.
+            callback_on_step_end: as in diffusers: called with this pipeline, step, t and `{"latents": ...}`, whose
+                latents it may replace. Setting `pipeline._interrupt = True` ends the drawing as it stands.
+            settings: the method's controls; see its `Settings`.
+
+        Raises:
+            InputError: no references, an unknown control, a setting out of its range, a size the model cannot do, or
+                more references than memory allows.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if num_images_per_prompt < 1 or not prompts:
+            raise InputError("give at least one prompt and one image per prompt")
+        check_named("output_type", output_type, ("pil", "pt", "np", "latent"))
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise InputError("callback_on_step_end_tensor_inputs: a step has `latents` and nothing else")
+        chosen = self.settings(**settings)
+        scheduler = self.scheduler_of(chosen)
+        if (image is None) != (mask_image is None):
+            raise InputError("inpainting needs both the picture (image) and its mask (mask_image)")
+        native = self.native_size
+        own = (native, native) if image is None else (image.height, image.width)
+        height, width = (own[0] if height is None else height, own[1] if width is None else width)
+        check_size(self.vae, width, height)
+        if image is not None and image.size != (width, height):
+            raise InputError(f"inpainting keeps the picture's size {image.size}; leave height and width away")
+        cutouts = cut_outs_of(prompts, references, segment) if self.reads_references else [[] for _ in prompts]
+        for cut in filter(None, map(self.cut_off, dict.fromkeys(prompts))):
+            log.warning("the prompt is too long, its end is not read: %r", cut)
+
+        count, factor = len(prompts) * num_images_per_prompt, vae_scale(self.vae)
+        shape = (count, self._unet.config.in_channels, height // factor, width // factor)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise InputError(f"latents must be {shape} for these pictures, got {tuple(latents.shape)}")
+        noise = latents
+        if noise is None:
+            noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._unet.dtype)
+        noise = noise.to(self._execution_device, self._unet.dtype)
+        known = None if image is None or mask_image is None else KnownRegion(self.vae, image, mask_image, noise)
+        call = Call(
+            prompts,
+            cutouts,
+            class_noun,
+            num_images_per_prompt,
+            height,
+            width,
+            scheduler,
+            generator,
+            self._step_handler(callback_on_step_end),
+            known,
+        )
+        self._interrupt = False
+        drawn = self.draw(noise, call, self.condition(call, chosen), chosen)
+        pictures = self._output(drawn, known, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    @property
+    def _unet(self) -> UNet2DConditionModel:
+        return getattr(self, self.denoiser)
+
+    @property
+    def native_size(self) -> int:
+        """The side of the pictures that the base model was trained at, in pixels."""
+        return self._unet.config.sample_size * vae_scale(self.vae)
+
+    def cut_off(self, prompt: str) -> str:
+        """What of a prompt is longer than the tokenizer takes, and is not read."""
+        limit = self.tokenizer.model_max_length - 2  # the begin and the end
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer.decode(ids[limit:])
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(N, L, D)"""
+        return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
+
+    def encode_references(self, cutouts: Sequence[Image.Image], side: int) -> Tensor:
+        """(K, 4, h, h), scaled latents of the references on white squares; no method asks for the picture's shape."""
+        tensors = [to_tensor(reference_picture(one, side)) for one in cutouts]
+        return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
+
+    def scheduler_of(self, settings: SamplingSettings) -> SchedulerMixin:
+        """The scheduler of a call with these settings, its timesteps set."""
+        scheduler = self.scheduler
+        if settings.scheduler is not None:
+            scheduler = make_scheduler(settings.scheduler, scheduler.config)
+        steps = settings.num_inference_steps
+        check_ranges(num_inference_steps=(steps, 1, scheduler.config.num_train_timesteps))
+        scheduler.set_timesteps(steps, device=self._execution_device)
+        return scheduler
+
+    def _step_handler(self, callback: StepCallback | None) -> OnStep:
+        def on_step(step: int, t: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
+            if callback is not None:
+                latents = (callback(self, step, t, {"latents": latents}) or {}).get("latents", latents)
+            return latents, not self._interrupt
+
+        return on_step
+
+    def _output(self, latents: Tensor, known: KnownRegion | None, output_type: OutputType) -> Any:
+        if output_type == "latent":
+            return latents
+        images = torch.cat([decode_latents(self.vae, one) for one in latents.split(1)])  # one at a time: memory
+        if known is not None:
+            images = known.paste(images)
+        if output_type == "pil":
+            return to_images(images)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def _signed(call: Any, settings: type[SamplingSettings]) -> Any:
+    """The same function, whose signature shows the controls in place of `**settings`."""
+
+    @functools.wraps(call)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    shown = [one for one in inspect.signature(call).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    shown += [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default) for one in controls(settings)
+    ]
+    own.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return own

@@ -1,0 +1,157 @@
+"""A method's controls, listed once: pipelines, command-line flags, the page, checks and manifests derive from here.
+
+A control is a field of a frozen dataclass: its annotation is its type (a `Literal` lists its values), the string below
+it is its help, `control` gives default and range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+
+from pig.errors import InputError, check_named, check_ranges
+from pig.models.backbone import SchedulerName
+
+
+def control(
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    slider: tuple[float, float] | None = None,
+    alias: str | None = None,
+) -> Any:
+    """A field of `SamplingSettings`.
+
+    Args:
+        low, high: the range, both included.
+        slider: the part of the range that a page's slider offers; the range itself by default.
+        alias: a second name, by which it may be given as well.
+    """
+    return dataclasses.field(default=default, metadata={"range": (low, high), "slider": slider, "alias": alias})
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The controls of every method."""
+
+    num_inference_steps: int = control(50, 1, slider=(1, 100), alias="steps")
+    """Steps of the sampler."""
+    text_guidance: float = control(7.5, 0, 1000, slider=(0, 15), alias="guidance_scale")
+    """How closely to follow the prompt (classifier-free guidance)."""
+    negative_prompt: str = control("")
+    """What to keep away from: it stands in place of the empty prompt."""
+    guidance_rescale: float = control(0.0, 0, 1)
+    """Brings the contrast of strongly guided images back (arXiv 2305.08891, 3.4)."""
+    guidance_interval: tuple[float, float] = control((0.0, 1.0), 0, 1)
+    """Faster, with a loss: two shares of the steps between which guidance is used (arXiv 2404.07724)."""
+    scheduler: SchedulerName | None = control(None)
+    """The sampler; by default the model's own."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InputError: a value out of its range, or none of those listed.
+        """
+        for one in controls(type(self)):
+            value = getattr(self, one.name)
+            if one.choices:
+                check_named(one.name, value, one.choices)
+                continue
+            if one.kind in (int, float):
+                low, high = one.range
+                if isinstance(value, bool) or not isinstance(value, one.kind | int):
+                    raise InputError(
+                        f"{one.name} must be a number{' without a fraction' * (one.kind is int)}, got {value!r}"
+                    )
+                check_ranges(**{one.name: (value, low, high)})
+            elif one.kind is str and not isinstance(value, str):
+                raise InputError(f"{one.name} must be a text, got {value!r}")
+        interval = tuple(self.guidance_interval)
+        if len(interval) != 2:
+            raise InputError(f"guidance_interval is two shares of the steps, got {list(interval)}")
+        check_ranges(guidance_interval=(interval[0], 0, interval[1]), guidance_interval_end=(interval[1], 0, 1))
+        object.__setattr__(self, "guidance_interval", interval)
+
+    @classmethod
+    def given(cls, model: Mapping[str, Any], call: Mapping[str, Any]) -> Self:
+        """What a call names, over the model's own defaults, over those of the class. None: not named.
+
+        Raises:
+            InputError: a control that the method does not have, or a value it does not take.
+        """
+        known = {name: one.name for one in controls(cls) for name in (one.name, one.alias) if name}
+        named = {name: value for name, value in call.items() if value is not None}
+        for name in {*named, *model} - known.keys():
+            raise InputError(
+                f"{name!r} is no control of this method; it has: {', '.join(dict.fromkeys(known.values()))}"
+            )
+        return cls(**{known[name]: value for name, value in {**model, **named}.items()})
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON gives them back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is known of one control. kind: `int`, `float`, `str`, `bool` or `tuple`; choices: of a `Literal`."""
+
+    name: str
+    kind: type
+    default: Any
+    choices: tuple[Any, ...]
+    range: tuple[float, float]
+    slider: tuple[float, float]
+    alias: str | None
+    help: str
+
+
+def controls(settings: Any) -> tuple[Control, ...]:
+    """The controls of a class of settings, in their order."""
+    return _controls(settings)
+
+
+@cache
+def _controls(settings: Any) -> tuple[Control, ...]:
+    helps = _helps(settings)
+    hints = get_type_hints(settings)
+    found = []
+    for field in dataclasses.fields(settings):
+        kind, choices = hints[field.name], ()
+        if get_origin(kind) in (Union, types.UnionType):
+            (kind,) = (one for one in get_args(kind) if one is not type(None))
+            choices = (None, *get_args(kind))
+        elif get_origin(kind) is Literal:
+            choices = get_args(kind)
+        limits = field.metadata["range"]
+        found.append(
+            Control(
+                name=field.name,
+                kind=str if choices else get_origin(kind) or kind,
+                default=field.default,
+                choices=choices,
+                range=limits,
+                slider=field.metadata["slider"] or limits,
+                alias=field.metadata["alias"],
+                help=helps[field.name],
+            )
+        )
+    return tuple(found)
+
+
+def _helps(settings: type) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for base in reversed([one for one in inspect.getmro(settings) if dataclasses.is_dataclass(one)]):
+        for one in docstring_parser.parse_from_object(base).params:
+            found[one.arg_name] = " ".join((one.description or "").split())
+    return found

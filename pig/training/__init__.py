@@ -1,0 +1,2 @@
+"""Training, shared by all methods: `module` (what every LightningModule is), `step`, `optimizers`, `checkpoints`,
+`callbacks`, `memory`."""

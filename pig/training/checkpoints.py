@@ -1,0 +1,62 @@
+"""Checkpoints of `fit`: read without running code, written while training goes on."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from pig.errors import InputError
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of `fit`, on the CPU. Raises InputError where there is none, or a torn one."""
+    if not path.is_file():
+        raise InputError(f"no checkpoint file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{path} is no checkpoint, or a torn one: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no checkpoint of fit")
+    return state
+
+
+def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The EMA weights of a checkpoint, or its weights where it has none."""
+    averages = [saved["average"] for saved in state.get("callbacks", {}).values() if "average" in saved]
+    return averages[0] if averages else state["state_dict"]
+
+
+class AsyncCheckpoints(TorchCheckpointIO):
+    """Checkpoints written while training goes on, one at a time, from a copy on the CPU. (Lightning's own takes copies
+    on the GPU, which may have no room for weights and moments twice, and as many as are waiting.)"""
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.teardown()
+        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._writing = self._writer.submit(super().save_checkpoint, copy, path, storage_options)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.teardown()
+        return super().load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.teardown()
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Wait until the last one is written; its error is raised here."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()

@@ -1,0 +1,186 @@
+"""What every method promises, over the registry: a new method passes this or is not one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUIET, generate
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from pig import methods
+from pig.commands.export import export
+from pig.data.modules import TripletDataModule
+from pig.data.subjects import read_subjects
+from pig.errors import InputError
+from pig.evaluation.benchmark import evaluate
+from pig.methods import METHODS, load_module, load_pipeline, pipeline_class
+from pig.sampling.pipeline import SubjectPipeline
+from pig.training.module import PersonalisationModule
+
+TOY = "toy_method"  # of this folder: what CONTRIBUTING's recipe gives
+TRAINED = [*(name for name in METHODS if name != "base"), TOY]
+PROMPTS = ["a photo of a mug, on a beach", "a photo of a mug, in space"]
+# What switches a method's references off, where it promises the plain base model then.
+OFF: dict[str, dict[str, Any]] = {"bootpig": {"strength": 0.0}}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch) -> None:
+    """The one line of the registry."""
+    monkeypatch.setitem(methods.METHODS, TOY, TOY)
+
+
+def make_module(method: str) -> PersonalisationModule:
+    return methods.module_class(method)("toyworld")  # type: ignore[call-arg]
+
+
+def data_of(toy_data: Path) -> TripletDataModule:
+    return TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64, num_workers=0)
+
+
+def fit(module: PersonalisationModule, toy_data: Path, steps: int, folder: Path, resume: Path | None = None) -> Path:
+    """Checkpoint of the last step."""
+    quiet = {**QUIET, "enable_checkpointing": True}
+    keep = ModelCheckpoint(folder, filename=f"{steps}", every_n_train_steps=steps, save_top_k=-1)
+    trainer = Trainer(max_steps=steps, callbacks=[keep], gradient_clip_val=1.0, default_root_dir=folder, **quiet)
+    trainer.fit(module, data_of(toy_data), ckpt_path=resume, weights_only=True)
+    return folder / f"{steps}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def trained(toy_data, tmp_path_factory) -> Iterator[dict[str, Path]]:
+    """Checkpoints after two steps, by method."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods.METHODS, TOY, TOY)
+        found = {}
+        for method in TRAINED:
+            found[method] = fit(make_module(method), toy_data, 2, tmp_path_factory.mktemp(method))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cutouts(toy_data) -> list[Image.Image]:
+    return read_subjects(toy_data / "subjects")[6].references(2)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def draw(pipeline: SubjectPipeline, prompt: Any, cutouts: list[Image.Image], **more: Any) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompt, cutouts, num_inference_steps=3, output_type="pt", **more).images
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_each_trainable_parameter_gets_a_gradient_and_no_frozen_one(toy_data, method) -> None:
+    module = make_module(method)
+    batch = next(iter(data_of(toy_data).train_dataloader()))
+    loss, t = module.losses(batch, training=True)
+    assert loss.shape == t.shape == (4,)
+    loss.mean().backward()
+    trainable = module.trainable()
+    assert set(trainable) == {name for of in module.trainable_groups().values() for name in of}
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == (name in trainable), name
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_whole_and_delta_draw_the_same_pixels_as_the_module(trained, cutouts, tmp_path, method) -> None:
+    expected = draw(load_module(trained[method]).pipeline(), PROMPTS[0], cutouts, generator=seeds(1))
+    export(tmp_path / "whole", checkpoint=trained[method])
+    export(tmp_path / "delta", checkpoint=trained[method], delta=True)
+    export(tmp_path / "again", model=str(tmp_path / "whole"), delta=True)
+    export(tmp_path / "back", model=str(tmp_path / "delta"))
+    for name in ("whole", "delta", "again", "back"):
+        pipeline = load_pipeline(tmp_path / name, "cpu")
+        assert pipeline.method == method
+        assert torch.equal(draw(pipeline, PROMPTS[0], cutouts, generator=seeds(1)), expected), name
+        suffixes = {path.suffix for path in (tmp_path / name).rglob("*") if path.is_file()}
+        assert suffixes <= {".json", ".safetensors", ".txt"}
+    size = {name: sum(path.stat().st_size for path in (tmp_path / name).rglob("*.*")) for name in ("whole", "delta")}
+    assert size["delta"] < 0.6 * size["whole"]
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_resumed_run_equals_an_uninterrupted_one(toy_data, trained, tmp_path, method) -> None:
+    torch.manual_seed(1)  # whatever else is drawn by chance must not matter
+    whole = torch.load(fit(make_module(method), toy_data, 4, tmp_path / "whole"), weights_only=True)
+    resumed = fit(make_module(method), toy_data, 4, tmp_path / "resumed", resume=trained[method])
+    again = torch.load(resumed, weights_only=True)
+    assert whole["state_dict"].keys() == again["state_dict"].keys()
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, again["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("method", [*METHODS, TOY])
+def test_a_seed_gives_the_same_picture_whatever_the_batch(cutouts, method) -> None:
+    pipeline = load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
+    together = draw(pipeline, PROMPTS, cutouts, num_images_per_prompt=2, generator=seeds(1, 2, 1, 2))
+    alone = draw(pipeline, PROMPTS[1], cutouts, generator=seeds(2))
+    torch.testing.assert_close(together[3:], alone, atol=1e-4, rtol=1e-4)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(draw(pipeline, PROMPTS[1], cutouts, latents=latents), alone)
+    (pictures,) = pipeline(PROMPTS[0], cutouts, num_inference_steps=1, output_type="np", return_dict=False)
+    assert pictures.shape == (1, 64, 64, 3)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+    ancestral = {"scheduler": "ddpm", "num_images_per_prompt": 2}
+    one, two = (draw(pipeline, PROMPTS[0], cutouts, generator=seeds(3, 4), **ancestral) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.allclose(one[0], one[1])
+
+
+@pytest.mark.parametrize("method", OFF)
+def test_without_references_the_plain_base_model(cutouts, method) -> None:
+    base = load_pipeline("base:toyworld", "cpu")
+    pipeline = make_module(method).pipeline()
+    common = {"text_guidance": 3.0, "generator": seeds(1)}
+    expected = draw(base, PROMPTS[0], [], **common)
+    common["generator"] = seeds(1)
+    assert torch.equal(draw(pipeline, PROMPTS[0], cutouts, **common, **OFF[method]), expected)
+
+
+@pytest.mark.parametrize("method", [*METHODS, TOY])
+def test_generate_and_evaluate(toy_data, trained, tmp_path, method) -> None:
+    model = "base:toyworld"
+    if method in trained:
+        export(tmp_path / "model", checkpoint=trained[method], delta=True)
+        model = str(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    lines = (toy_data / "subjects/prompts_and_classes.txt").read_text().splitlines()
+    kept = [line for line in lines if "format" not in line or "beach" in line or "space" in line]
+    prompts.write_text("\n".join(line for line in kept if not line.startswith(("boat", "boot", "car", "cat", "fish"))))
+    out, given = tmp_path / "images", {"subjects": toy_data / "subjects", "prompts": prompts}
+    generate(out, model, **given, images_per_prompt=1, steps=1)
+    line = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
+    assert line["method"] == method
+    assert line["settings"]["num_inference_steps"] == 1
+    evaluate(images=out, subjects=toy_data / "subjects", prompts=prompts, out=tmp_path / "scores")
+    result = json.loads((tmp_path / "scores/results.json").read_text())
+    assert "dino" in json.dumps(result)
+
+
+@pytest.mark.parametrize("method", [*METHODS, TOY])
+def test_one_list_of_controls(method) -> None:
+    """Each has a help and a default that its own check takes; the call's signature shows all."""
+    import inspect
+
+    from pig.sampling.settings import controls
+
+    kind = pipeline_class(method)
+    assert kind.method == method
+    kind.Settings()
+    shown = inspect.signature(kind.__call__).parameters
+    for one in controls(kind.Settings):
+        assert len(one.help) > 10
+        assert shown[one.name].default == one.default
+    with pytest.raises(InputError, match="'typo' is no control"):
+        kind.Settings.given({}, {"typo": 1})
