@@ -99,6 +99,7 @@ def _add_controls(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> 
     for one in controls(pipeline_class(source.method).Settings):
         flags = [f"--{name}" for name in (one.name, one.alias) if name]
         default = source.settings.get(one.name, one.default)
+        default = list(default) if one.kind is tuple else default
         group.add_argument(*flags, default=default, help=one.help.rstrip(".") + _range(one), **_type(one))
         found |= {name: one.name for name in (one.name, one.alias) if name}
     return found

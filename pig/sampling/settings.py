@@ -70,9 +70,8 @@ class SamplingSettings:
             if one.kind in (int, float):
                 low, high = one.range
                 if isinstance(value, bool) or not isinstance(value, one.kind | int):
-                    raise InputError(
-                        f"{one.name} must be a number{' without a fraction' * (one.kind is int)}, got {value!r}"
-                    )
+                    wanted = "a whole number" if one.kind is int else "a number"
+                    raise InputError(f"{one.name} must be {wanted}, got {value!r}")
                 check_ranges(**{one.name: (value, low, high)})
             elif one.kind is str and not isinstance(value, str):
                 raise InputError(f"{one.name} must be a text, got {value!r}")

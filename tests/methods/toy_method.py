@@ -46,7 +46,8 @@ class Pipeline(SubjectPipeline):
         return cls(**vars(backbone), colour=colour, base=base, settings=settings)
 
     def condition(self, call, settings):
-        tokens = torch.cat([self.colour(self.encode_references(one, self.native_size)[None]) for one in call.references])
+        latents = [self.encode_references(one, self.native_size)[None] for one in call.references]
+        tokens = torch.cat([self.colour(one) for one in latents])
         text, empty = self.encode_text(call.prompts), self.encode_text([settings.negative_prompt])
         both = torch.cat([torch.cat([one.expand_as(text), tokens], 1) for one in (empty, text)])
         return both.unflatten(0, (2, -1)).repeat_interleave(call.images_per_prompt, 1).flatten(0, 1)
