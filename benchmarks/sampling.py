@@ -34,6 +34,7 @@ from pig.attention.merged import MergedReferences
 from pig.data.transforms import cut_out
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 from pig.models.backbone import decode_latents
+from pig.sampling.references import reference_noise
 from pig.toyworld import scene
 
 PROMPTS = [f"a photo of a mug, {phrase}" for phrase in list(scene.BACKGROUNDS.values())[:5]]
@@ -65,7 +66,7 @@ def naive(pipeline: BootPIGPipeline, references: list[Any], steps: int, seeds: l
         for seed in seeds:
             scheduler.set_timesteps(steps)
             latents = torch.randn(1, *z_ref.shape[1:], generator=torch.Generator().manual_seed(seed))
-            noise = torch.randn(z_ref.shape, generator=torch.Generator().manual_seed(0))
+            noise = reference_noise(z_ref.shape, 0)
             for t in scheduler.timesteps:
                 alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1))
                 z_ref_t = diffusion.add_noise(z_ref, noise, alpha, sigma)

@@ -20,11 +20,13 @@ from pig.data.encoded import EncodedTriplet, encoded_members
 from pig.data.schema import REFERENCE, Triplet
 from pig.data.shards import (
     BadSampleError,
+    MissingSampleError,
     Shard,
     ShardStats,
     decode_triplet,
     find_shards,
     read_shard,
+    shard_name,
     stats_path,
     write_samples,
 )
@@ -116,7 +118,7 @@ def encode_shards(
     names = Counter(tar_of(shard, out) for shard in found)
     if twice := [tar.name for tar, times in names.items() if times > 1]:
         raise InputError(f"two shards are named {twice[0]}: encode their folders one by one, each into its own --out")
-    local = [(tar, Path(shard.url)) for tar, shard in zip(names, found, strict=True) if "://" not in shard.url]
+    local = [(tar, Path(shard.url)) for tar, shard in zip(names, found, strict=True) if Path(shard.url).exists()]
     if any(tar.exists() and tar.samefile(path) for tar, path in local):
         raise InputError(f"--out {out} is the folder of the shards themselves: name another")
     if any(shard.stats.encoded for shard in found):
@@ -144,7 +146,7 @@ def encode_shards(
 
 
 def tar_of(shard: Shard, out: Path) -> Path:
-    return out / shard.url.rsplit("/", 1)[-1]
+    return out / shard_name(shard.url)
 
 
 def is_done(tar: Path, shard: Shard, identity: Mapping[str, Any]) -> bool:
@@ -167,6 +169,10 @@ def encode_shard(shard: Shard, tar: Path, encoder: Encoder, bar: Any) -> int:
     def good() -> Iterator[tuple[Triplet, bytes]]:
         for raw in read_shard(shard):
             bar.update()
+            if isinstance(raw, MissingSampleError):  # perhaps there at the next try: nothing is finished without it
+                raise InputError(
+                    f"{raw}. Finished shards are kept; start again to go on, or make this one again"
+                ) from raw
             try:
                 if isinstance(raw, BadSampleError):
                     raise raw

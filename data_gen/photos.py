@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from data_gen.folders import claim_for
 from pig.data.schema import Triplet
 from pig.data.shards import write_shard
 from pig.data.subjects import PICTURES, is_picture, load_cutout, mask_path
@@ -20,10 +22,16 @@ def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shar
 
     The caption is `NAME.txt` where there is one, else "a photo of a OBJECT". Pictures are shrunk to `size` pixels at
     their shorter side. One that does not decode is left out, counted by reason and named.
+
+    Raises:
+        InputError: there are none, or `out` holds shards of other photographs or arguments.
     """
     paths = [path for path in sorted(photos.rglob("*")) if is_picture(path)]
     if not paths:
         raise InputError(f"no photographs in {photos} (looked for {', '.join(PICTURES)} in all its folders)")
+    names = hashlib.sha256("".join(f"{one.relative_to(photos)} {one.stat().st_size}\n" for one in paths).encode())
+    of = {"object": object_, "size": size, "per_shard": per_shard}
+    claim_for(out, "photos", photographs=len(paths), names=names.hexdigest()[:16], **of)
     total = 0
     for number, start in enumerate(range(0, len(paths), per_shard)):
         rejected: Counter[str] = Counter()
@@ -32,6 +40,19 @@ def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shar
     if not total:
         raise InputError(f"none of {len(paths)} photographs in {photos} could be used; the reasons stand above")
     print(f"{total} of {len(paths)} photographs -> {out}")
+
+
+def caption_of(photo: Path) -> str:
+    """The text of `NAME.txt` beside a photograph; empty where there is none.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    text = photo.with_suffix(".txt")
+    try:
+        return text.read_text(encoding="utf-8-sig").strip() if text.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {text}: {error}; captions are UTF-8") from error
 
 
 def _triplets(
@@ -54,12 +75,17 @@ def _triplets(
             rgb, alpha = (part.resize(sides, Image.Resampling.LANCZOS) for part in (rgb, alpha))
         reference = rgb.copy()
         reference.putalpha(alpha)
-        text = path.with_suffix(".txt")
+        try:
+            caption = caption_of(path)
+        except InputError as error:
+            rejected["unreadable caption"] += 1
+            tqdm.write(f"left out: {error}")
+            continue
         yield Triplet(
             key=f"{number:07d}",
             target=rgb,
             reference=reference,
-            caption=(text.read_text().strip() if text.exists() else "") or f"a photo of a {object_}",
+            caption=caption or f"a photo of a {object_}",
             object=object_,
             metadata={"source": str(path.relative_to(root)), "models": {"image": "photograph", "mask": "given"}},
         )

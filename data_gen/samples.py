@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from pig.errors import InputError
 
 T = TypeVar("T")
+KEY = re.compile(r"[\w-]+")
 Report = Callable[[int], None]  # called with the number of samples that a stage has finished
 
 
@@ -59,8 +61,11 @@ def read_samples(folder: Path) -> list[Sample]:
     rows = read_lines(folder / "samples.jsonl")
     try:
         samples = [Sample(**row) for row in rows]
-        if not all(isinstance(sample.seed, int) for sample in samples):
-            raise TypeError("a seed is a whole number")
+        for sample in samples:
+            if not isinstance(sample.seed, int) or not 0 <= sample.seed < 2**63:
+                raise TypeError(f"a seed is a whole number below 2^63, not {sample.seed!r}")
+            if not isinstance(sample.key, str) or not KEY.fullmatch(sample.key):  # it names files
+                raise TypeError(f"a key is letters, digits, _ and -, not {sample.key!r}")
         return samples
     except TypeError as error:
         raise InputError(

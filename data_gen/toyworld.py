@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from data_gen.folders import claim_for
 from pig.data.schema import Triplet
 from pig.data.shards import stats_path, write_shard
 from pig.data.subjects import mask_path, write_prompts
@@ -17,7 +18,12 @@ COLOUR_SHARE = 5  # one caption in so many names the main colour
 
 
 def draw_triplets(out: Path, count: int, size: int, first_seed: int = 0, per_shard: int = 1000) -> None:
-    """Write `count` triplets as shards `train-000000.tar`, ...; finished shards are kept."""
+    """Write `count` triplets as shards `train-000000.tar`, ...; finished shards are kept.
+
+    Raises:
+        InputError: `out` holds triplets of other arguments.
+    """
+    claim_for(out, "triplets", count=count, size=size, first_seed=first_seed, per_shard=per_shard)
     for number, start in enumerate(tqdm(range(0, count, per_shard), desc="shards", unit="shard")):
         tar = out / f"train-{number:06d}.tar"
         if not (tar.exists() and Path(stats_path(str(tar))).exists()):
@@ -42,6 +48,7 @@ def _triplets(seeds: range, size: int) -> Iterator[Triplet]:
 
 def draw_subjects(out: Path, count: int, size: int, pictures: int = 4) -> None:
     """Write `count` held-out subjects in DreamBooth's layout: pictures with masks, and a prompt per background."""
+    claim_for(out, "subjects", count=count, size=size, pictures=pictures)
     classes = []
     for number in tqdm(range(count), desc="subjects", unit="subject"):
         seed = scene.HELD_OUT_SEED + number

@@ -64,15 +64,35 @@ class CLI(LightningCLI):
         parser.add_argument("--print_memory", action="store_true", help="first say what the training takes of memory")
 
     def before_fit(self) -> None:
+        self._refuse_a_used_folder()
         if self.config["fit"].get("print_memory"):
             print_memory(self.model, self.datamodule, self.trainer)
 
+    def _refuse_a_used_folder(self) -> None:
+        """A second run would leave its `last-v1.ckpt` beside the first one's `last.ckpt`."""
+        if self.config["fit"].get("ckpt_path"):
+            return
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = Path(getattr(callback, "dirpath", None) or "")
+            kept = sorted(folder.glob("*.ckpt")) if folder.name else []
+            if kept:
+                last = next((path for path in kept if path.stem.startswith("last")), kept[-1])
+                raise InputError(
+                    f"{folder} holds {last.name} of an earlier run: go on with --ckpt_path {last}, or give another "
+                    "--run"
+                )
+
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint before any work. Lightning would lay its settings over those of config and command."""
-        path = (
-            (self.config.get(self.config.subcommand) or {}).get("ckpt_path") if self.config.get("subcommand") else None
-        )
-        if path and path not in ("last", "best", "hpc") and "://" not in path:
+        told = self.config.get(self.config.subcommand) or {} if self.config.get("subcommand") else {}
+        if not told:
+            return
+        if "weights_only" in told:
+            told["weights_only"] = True  # of whatever is loaded: a pickle could run any code
+        path = told.get("ckpt_path")
+        if path and "://" in path:
+            raise InputError(f"--ckpt_path {path}: an address; download the checkpoint and give the file")
+        if path and path not in ("last", "best", "hpc"):
             load_checkpoint(Path(path))
 
 

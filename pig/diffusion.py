@@ -6,6 +6,7 @@ alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]) and t i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,15 @@ def target(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_
 def loss_per_sample(predicted: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared error of each sample, (B,) float32. Algorithm 1 prints `noisedtar - predtar`: a misprint."""
     return (predicted.float() - wanted.float()).square().flatten(1).mean(1)
+
+
+def derived_seed(purpose: str, number: int) -> int:
+    """A seed for one purpose, independent of every other purpose's and of a user's own small numbers.
+
+    torch's generators on CPUs read the low 32 bits of a seed only, and pictures are drawn from small seeds: noise for
+    another purpose from the same number would be the very same noise.
+    """
+    return int.from_bytes(hashlib.sha256(f"{purpose} {number}".encode()).digest()[:4], "big")
 
 
 def draw(seeds: Tensor, *shapes: Sequence[int], uniforms: int) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -39,13 +39,39 @@ class MergedReferences:
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v and log sum exp(q k^T / sqrt(d)): (B, H, N, d) and (B, H, N). Not for training."""
-    if q.device.type in ("cpu", "meta"):
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
+    kernel = lse_kernel(q.device.type, q.dtype, capability)
+    if kernel == "cpu":
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.dtype in (torch.float16, torch.bfloat16):
+    elif kernel == "flash":
         o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-    else:
+    elif kernel == "efficient":
         o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    else:
+        return plain_with_lse(q, k, v)
     return o, lse[..., : q.shape[2]]  # some kernels pad it
+
+
+def lse_kernel(
+    device: str, dtype: torch.dtype, capability: tuple[int, int]
+) -> Literal["cpu", "flash", "efficient", "plain"]:
+    """Which attention gives its log sums too: flash attention asks for half precision and Ampere (8.0), the
+    memory-efficient one for CUDA (bfloat16: Ampere); elsewhere (MPS, ...) plain products."""
+    if device in ("cpu", "meta"):
+        return "cpu"
+    if device != "cuda":
+        return "plain"
+    ampere = capability >= (8, 0)
+    if dtype in (torch.float16, torch.bfloat16) and ampere:
+        return "flash"
+    return "plain" if dtype is torch.bfloat16 else "efficient"
+
+
+def plain_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by plain products, the sums in float32."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    lse = scores.float().logsumexp(-1)
+    return (scores.float() - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 
 def merge(o: Tensor, lse: Tensor, o_ref: Tensor, lse_ref: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from pig.data.images import MANIFEST, Job, forget, make_folder, read_manifest, save_generated
+from pig.data.images import MANIFEST, SEEDS, Job, forget, make_folder, read_manifest, save_generated
 from pig.data.subjects import Segment, SubjectFolder, load_cutout, read_subjects
 from pig.data.transforms import load_image, reference_picture
 from pig.errors import InputError, check_ranges
 from pig.methods import default_device, find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
-from pig.models.foreground import DETECTOR, SegmenterName, make_segmenter
+from pig.models.foreground import DETECTOR, RembgModel, SegmenterName, make_segmenter
 from pig.sampling.inpainting import check_mask
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import ReferenceCache, digest
@@ -99,6 +99,9 @@ class CuttingOut:
     """For sam: where the object is, x0 y0 x1 y1 in pixels (all references alike)."""
     point: list[float] | None = None
     """For sam: x y of a pixel of the object."""
+    rembg_model: RembgModel = "isnet-general-use"
+    """Of rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
+    rembg fetches it at the first use."""
     save_references: bool = False
     """Write what was cut out into `OUT/cutouts`."""
 
@@ -109,6 +112,7 @@ class CuttingOut:
             detector=self.detector,
             box=self.box,
             point=self.point,
+            rembg_model=self.rembg_model,
             device=default_device(),
         )
 
@@ -133,10 +137,10 @@ class Output:
     """GiB of memory for what was read of references, to be used again."""
 
     def check(self) -> None:
-        if not 0 <= self.seed < 2**63 - self.images_per_prompt:
-            raise InputError(f"--seed must lie between 0 and 2^63, got {self.seed}")
         if self.images_per_prompt < 1 or self.batch_size < 1:
             raise InputError("--images_per_prompt and --batch_size must be at least 1")
+        if not 0 <= self.seed <= SEEDS - self.images_per_prompt:  # beyond, seeds would name the same pictures again
+            raise InputError(f"--seed must lie between 0 and 2^32 - images_per_prompt, got {self.seed}")
         check_ranges(reference_cache=(self.reference_cache, 0, 4096))
 
 
@@ -268,7 +272,7 @@ def draw_jobs(
     todo = [job for job in jobs if not is_finished(out, job, lines.get(job.file), used[job])]
     if len(todo) < len(jobs):
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} images are finished already")
-    forget(out, {job.file for job in todo if job.file in lines})
+    forget(out, {job.file for job in todo if job.file in lines}, manifest)
     batches = list(in_batches(todo, cutouts, batch_size))
     several = len(batches) > 2
     pipeline.set_progress_bar_config(disable=several or None)

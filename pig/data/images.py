@@ -13,9 +13,11 @@ from PIL import Image
 from pig.data.schema import GeneratedImage
 from pig.data.subjects import SubjectFolder, is_picture
 from pig.errors import InputError
+from pig.files import write_text
 
 MANIFEST = "manifest.jsonl"
 MANIFESTS = "manifest*.jsonl"
+SEEDS = 2**32  # torch's generators on CPUs tell so many apart: they read the low 32 bits
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def save_generated(
         settings=settings,
     )
     if (folder / file).exists():
-        forget(folder, [str(file)])
+        forget(folder, [str(file)], manifest)
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     partial = (folder / file).with_suffix(".tmp")
     image.save(partial, format="PNG")
@@ -87,21 +89,25 @@ def _line_of(text: str) -> str | None:
 
 
 def _lines(manifest: Path) -> list[str]:
-    return manifest.read_text(errors="replace").splitlines()
+    return manifest.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def forget(folder: Path, files: Collection[str]) -> None:
-    """Drop the lines of images that are drawn again, and lines torn by a kill, from the manifests."""
-    for path in folder.glob(MANIFESTS):
-        lines = _lines(path)
-        kept = [line for line in lines if _line_of(line) not in (None, *files)]
-        if len(kept) < len(lines):
-            path.write_text("".join(line + "\n" for line in kept))
+def forget(folder: Path, files: Collection[str], manifest: str = MANIFEST) -> None:
+    """Drop the lines of images that are drawn again, and lines torn by a kill, from one's own manifest: another process
+    may be writing to the others."""
+    path = folder / manifest
+    if not path.exists():
+        return
+    lines = _lines(path)
+    kept = [line for line in lines if _line_of(line) not in (None, *files)]
+    if len(kept) < len(lines):
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """file -> its line in `manifest.jsonl` or `manifest-*.jsonl`; torn lines are left out."""
-    texts = [text for path in sorted(folder.glob(MANIFESTS)) for text in _lines(path)]
+    """file -> its line in `manifest.jsonl` or `manifest-*.jsonl`, the last one written; torn lines are left out."""
+    paths = sorted(folder.glob(MANIFESTS), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    texts = [text for path in paths for text in _lines(path)]
     return {file: json.loads(text) for text in texts if (file := _line_of(text)) is not None}
 
 

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -285,7 +286,7 @@ class TripletDataModule(PersonalisationData):
         predict_subjects: a folder of subjects (`pig.data.subjects`); `predict` draws each under all its prompts.
         augmentation: of the reference; the paper's by default.
         num_workers: loader processes; 0 reads in the training process.
-        seed: of order, augmentation, noise and dropout.
+        seed: of order, augmentation, noise and dropout; by default `seed_everything`.
         shuffle_block: samples that are read and permuted at a time, in each worker.
         max_bad_samples: how many unusable samples one worker may replace in an epoch; one more stops the training.
     """
@@ -300,7 +301,7 @@ class TripletDataModule(PersonalisationData):
         predict_subjects: str | None = None,
         augmentation: ReferenceAugmentation | None = None,
         num_workers: int = 4,
-        seed: int = 0,
+        seed: int | None = None,
         shuffle_block: int = 1000,
         max_bad_samples: int = 100,
     ) -> None:
@@ -312,10 +313,29 @@ class TripletDataModule(PersonalisationData):
         self.shards, self.val_shards, self.predict_subjects = shards, val_shards, predict_subjects
         self.batch_size, self.resolution, self.num_workers = batch_size, resolution, num_workers
         self.augmentation = augmentation or ReferenceAugmentation()
-        self.seed, self.shuffle_block, self.max_bad_samples = seed, shuffle_block, max_bad_samples
+        # Lightning's seed_everything leaves its number there.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.shuffle_block, self.max_bad_samples = shuffle_block, max_bad_samples
 
     def encoded(self) -> list[Mapping[str, Any] | None]:
-        return [how_encoded(find_shards(spec)[0]) for spec in (self.shards, self.val_shards) if spec]
+        return [how_encoded(self.find(spec)[0]) for spec in (self.shards, self.val_shards) if spec]
+
+    def find(self, spec: str | list[str]) -> tuple[list[Shard], list[str]]:
+        """`find_shards`, where several processes train by the first one for all: a listing that fails for one of them
+        would give it another plan, and the others would wait for its steps for ever."""
+        strategy = self.trainer.strategy if self.trainer else None
+        if strategy is None or not torch.distributed.is_initialized():
+            return find_shards(spec)
+        found: tuple[list[Shard], list[str]] | str = ""
+        if self.trainer.is_global_zero:
+            try:
+                found = find_shards(spec)
+            except InputError as error:
+                found = str(error)
+        found = strategy.broadcast(found)
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
 
     def prepare_data(self) -> None:
         """Look at the first sample of some shards, before anything long starts."""
@@ -358,7 +378,7 @@ class TripletDataModule(PersonalisationData):
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Batch) else batch
 
     def _loader(self, spec: str | list[str], *, training: bool) -> ResumableLoader:
-        shards, left_out = find_shards(spec)
+        shards, left_out = self.find(spec)
         for line in left_out:
             log.warning("shard left out: %s", line)
         dataset = TripletDataset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,10 @@ Raw = Mapping[str, Any]  # a sample as bytes: extension -> content, and "__key__
 
 class BadSampleError(Exception):
     """A sample that cannot be used; the message names it and why."""
+
+
+class MissingSampleError(BadSampleError):
+    """A sample that the shard's statistics promise and its tar does not give: a torn file, a dropped connection."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,27 @@ class Shard:
     stats: ShardStats
 
 
+TAR = re.compile(r"([^/\s'\"]+)\.tar(?=$|[?#\s'\"|])")  # in a path, a URL with its query, or a `pipe:` command
+
+
 def stats_path(tar: str) -> str:
-    return tar.removesuffix(".tar") + "_stats.json"
+    """Where a shard's statistics lie: its own path, URL or command with `NAME.tar` made `NAME_stats.json`.
+
+    Raises:
+        InputError: no `NAME.tar` stands in it. (An address that is signed for one file opens no other: serve such
+            shards by a command, `pipe:...`, or copy them.)
+    """
+    found = list(TAR.finditer(tar))
+    if not found:
+        raise InputError(f"{tar}: a shard's name must end in .tar")
+    last = found[-1]
+    return f"{tar[: last.start()]}{last[1]}_stats.json{tar[last.end() :]}"
+
+
+def shard_name(tar: str) -> str:
+    """`NAME.tar`, of a path, URL or `pipe:` command."""
+    stats_path(tar)  # refuses what has none
+    return f"{list(TAR.finditer(tar))[-1][1]}.tar"
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -159,7 +183,7 @@ def _expand(spec: str) -> list[str]:
 
 
 def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
-    """Exactly `shard.stats.count` samples in their order; what a torn tar lacks comes as BadSampleError."""
+    """Exactly `shard.stats.count` samples in their order; what a torn tar lacks comes as MissingSampleError."""
     seen = 0
     try:
         stream = wds.tariterators.tar_file_expander([{"url": shard.url, "stream": wds.gopen(shard.url)}])
@@ -174,7 +198,7 @@ def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
     except Exception as error:  # tarfile and webdataset raise bare errors for torn archives
         cause = f"{type(error).__name__}: {error}"
     for index in range(seen, shard.stats.count):
-        yield BadSampleError(f"{shard.url}, sample {index}: the tar is torn ({cause})")
+        yield MissingSampleError(f"{shard.url}, sample {index}: the tar is torn ({cause})")
 
 
 def decode_triplet(raw: Raw) -> Triplet:

@@ -101,7 +101,7 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
     if not folder.is_dir():
         raise InputError(f"there is no subjects folder {folder}")
     try:
-        text = listing.read_text()
+        text = listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder} is no subjects folder: cannot read {listing} ({error})") from error
     classes = _classes(text, listing)

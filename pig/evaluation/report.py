@@ -37,7 +37,8 @@ def write_report(
     lines = [f"<p>{html.escape(line)}</p>" for line in summary]
     for result in results:
         told = f"{result.name}: {len(result.images)} images of {len(result.subjects)} subjects"
-        lines.append(f'<p class="dim">{html.escape(told)}; protocol {result.protocol}, hash {result.hash}</p>')
+        told += f"; protocol {result.protocol}, hash {result.hash}"
+        lines.append(f'<p class="dim">{html.escape(told)}</p>')
     lines += [f'<p class="note">{html.escape(note)}</p>' for note in notes_of(results)]
     body = [_section("Scores", "".join(rows_table(result, subjects=False) for result in results) + _explanation(first))]
     points = [Point(result.name, result.per_subject()) for result in results]

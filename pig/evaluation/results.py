@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 from pig.errors import InputError
 from pig.evaluation.metrics import PerSubject
-from pig.evaluation.statistics import interval
+from pig.evaluation.statistics import interval, rate_interval
 
 RESULTS = "results.json"
+RATES = ("prompt_accuracy",)  # shares of images, of which each is a yes or a no
 Score = dict[str, float]  # mean, low, high
 
 
@@ -65,11 +67,47 @@ class Result:
             InputError: the folder holds no result of `evaluate`.
         """
         try:
-            return cls(**json.loads((folder / RESULTS).read_text()), folder=folder)
+            told = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            _check(told)
+            return cls(**told, folder=folder)
         except OSError as error:
             raise InputError(f"{folder} holds no {RESULTS}: make it with `evaluate --out {folder}`") from error
         except (ValueError, TypeError) as error:
             raise InputError(f"{folder / RESULTS} is no result of this version's `evaluate`: {error}") from error
+
+
+KEY = re.compile(r"[\w-]{1,128}")
+
+
+def _check(told: Any) -> None:
+    """Somebody else may have made the file: its keys name files, its hash and protocol stand in pages.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if not isinstance(told, dict):
+        raise ValueError("it is no object")
+    kinds = {"protocol": str, "hash": str, "name": str, "images_folder": str, "images": list, "notes": list,
+             "missing": list, "scores": dict, "subjects": dict, "groups": dict, "bounds": dict, "photographs": dict,
+             "moves": dict}  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(told.get(name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    for name in ("protocol", "hash"):
+        if not KEY.fullmatch(told[name]):
+            raise ValueError(f"{name} {told[name][:80]!r} is not made of letters, digits, _ and -")
+    if not all(isinstance(note, str) for note in told["notes"]):
+        raise ValueError("a note is no text")
+    photographs = [one for of in told["photographs"].values() for one in of]
+    for entry, names in [(told["images"], ("key", "nearest_key")), (photographs, ("key",))]:
+        for one in entry:
+            for name in names:
+                if not isinstance(one, dict) or not KEY.fullmatch(str(one.get(name))):
+                    raise ValueError(f"the {name} of a picture is not made of letters, digits, _ and -")
+    for scores in (told["scores"], *told["groups"].values(), *told["bounds"].values()):
+        for score, of in scores.items():
+            if not all(isinstance(of.get(name), int | float) for name in ("mean", "low", "high")):
+                raise ValueError(f"the score {score} has no mean, low and high")
 
 
 def notes_of(results: Sequence[Result]) -> list[str]:
@@ -83,6 +121,10 @@ def summarise(metrics: Mapping[str, PerSubject]) -> dict[str, Score]:
     found = {}
     for name, metric in metrics.items():
         counts = None if metric.by_subject else metric.count[metric.count > 0].tolist()
-        low, high = interval(metric.per_subject().tolist(), counts)
+        values = metric.per_subject().tolist()
+        if name in RATES:
+            low, high = rate_interval(values, metric.count[metric.count > 0].tolist())
+        else:
+            low, high = interval(values, counts)
         found[name] = {"mean": metric.compute().item(), "low": low, "high": high}
     return found

@@ -8,18 +8,29 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+FEW = 10  # subjects, below which the bootstrap has too few values to draw from
+
 
 def interval(
     values: Sequence[float], weights: Sequence[float] | None = None, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Bootstrap interval of the mean over subjects (percentile, 10,000 draws of whole subjects): a cluster bootstrap.
+    """Interval of the mean over subjects.
+
+    From 10 subjects on a cluster bootstrap (10,000 draws of whole subjects) with expanded percentiles (Hesterberg 2015,
+    "What Teachers Should Know About the Bootstrap", section 4.4), which make up for the bootstrap's deviation being
+    sqrt(1 - 1/n) too small; below that Student's t. Plain percentiles cover .85 instead of .95 with 5 subjects. Of one
+    subject nothing can be said: the mean twice.
 
     values: of each subject; also a paired difference of each. weights: how much each subject counts, alike by default.
     """
     of, counts = np.asarray(values, dtype=np.float64), np.ones(len(values)) if weights is None else np.asarray(weights)
-    if len(of) < 2 or np.ptp(of) == 0:
-        mean = float(np.average(of, weights=counts))
+    mean, error = _mean_and_error(of, counts)
+    n = len(of)
+    if n < 2 or error == 0:
         return mean, mean
+    t = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    if n < FEW:
+        return mean - t * error, mean + t * error
 
     def mean_of(products: NDArray[np.float64], counts: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return products.sum(axis) / counts.sum(axis)
@@ -29,11 +40,40 @@ def interval(
         mean_of,
         paired=True,
         n_resamples=10_000,
-        confidence_level=confidence,
+        confidence_level=1 - 2 * float(stats.norm.cdf(-t * (n / (n - 1)) ** 0.5)),
         method="percentile",
         rng=0,
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def rate_interval(rates: Sequence[float], counts: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a rate over subjects, within [0, 1] and of some width also where all agree.
+
+    The answers of one subject are not independent: they count as so many as the spread of the subjects' rates
+    supports, at least one a subject and at most all.
+
+    rates, counts: of each subject, the share of its answers that are yes, and how many it has.
+    """
+    of, each = np.asarray(rates, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    rate, error = _mean_and_error(of, each)
+    spread = error**2
+    effective = (
+        len(of) if spread == 0 else float(np.clip(rate * (1 - rate) / spread, min(len(of), each.sum()), each.sum()))
+    )
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    middle = (rate + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * (rate * (1 - rate) / effective + z**2 / (4 * effective**2)) ** 0.5
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def _mean_and_error(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """The weighted mean over subjects and its standard error; 0 of one subject."""
+    mean, n = float(np.average(values, weights=weights)), len(values)
+    if n < 2 or np.ptp(values) == 0:
+        return mean, 0.0
+    squares = (weights * (values - mean)) ** 2
+    return mean, float((n / (n - 1) * squares.sum()) ** 0.5 / weights.sum())
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

@@ -28,7 +28,7 @@ from pig.data.transforms import load_image
 from pig.errors import InputError, check_ranges
 from pig.evaluation.compare import named_apart, place_of
 from pig.evaluation.results import Result
-from pig.evaluation.statistics import interval
+from pig.evaluation.statistics import rate_interval
 
 PAGE = Path(__file__).with_suffix(".html")
 FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer
@@ -202,7 +202,7 @@ class Study:
                 counts = [len(of) for of in by_subject.values()]
                 shares = [sum(of) / len(of) for of in by_subject.values()]
                 mean = sum(share * count for share, count in zip(shares, counts, strict=True)) / sum(counts)
-                low, high = interval(shares, counts)
+                low, high = rate_interval(shares, counts)
                 rates[question] = {"mean": mean, "low": low, "high": high, "answers": sum(counts)}
         return {"rates": rates, "raters": len(checks), "left_out": sorted(inattentive)}
 

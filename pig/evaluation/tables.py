@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,12 +133,17 @@ def markdown(results: Sequence[Result]) -> str:
     lines = []
     for result in results:
         names = names_of(result)
-        lines += [f"## {_plain(result.name)}", "", f"Protocol `{result.protocol}`, hash `{result.hash}`.", ""]
+        lines += [
+            f"## {_plain(result.name)}",
+            "",
+            f"Protocol `{_plain(result.protocol)}`, hash `{_plain(result.hash)}`.",
+            "",
+        ]
         lines += [f"| | {' | '.join(TITLES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
         lines += [
             f"| {_plain(name)} | {' | '.join(cell(scores, s) for s in names)} |" for _, name, scores in rows_of(result)
         ]
-        lines += ["", *(f"- {note}" for note in result.notes), ""]
+        lines += ["", *(f"- {_plain(note)}" for note in result.notes), ""]
     lines += [
         "## As published (DreamBooth benchmark)",
         "",
@@ -157,7 +163,9 @@ def latex(results: Sequence[Result]) -> str:
     """Rows for a booktabs table: ours with intervals, then the published ones, marked."""
     lines = ["% method & DINO & CLIP-I & CLIP-T \\\\"]
     for result in results:
-        lines.append(f"% protocol {result.protocol}, hash {result.hash}; 95\\% intervals over subjects")
+        lines.append(
+            f"% protocol {_escape(result.protocol)}, hash {_escape(result.hash)}; 95\\% intervals over subjects"
+        )
         for sort, name, scores in rows_of(result):
             if sort in ("all", "bound"):
                 cells = [_latex_cell(scores.get(one)) for one in MAIN]
@@ -178,8 +186,8 @@ def _latex_cell(score: Score | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """For a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
+    """For Markdown, whose readers take tags for HTML, and bars for columns."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").split())
 
 
 def _escape(text: str) -> str:

@@ -14,6 +14,9 @@ from pig.models.encoders import weights_digest
 from pig.models.segmenters import best_boxes, encode, is_background, load_detector, load_sam, masks_for
 
 SegmenterName = Literal["none", "sam", "grounded-sam", "rembg"]
+# Their licences allow commercial use: U2-Net (Apache-2.0; 4 MB), IS-Net (Apache-2.0; 180 MB), BiRefNet (MIT; 970 MB).
+# rembg's own default is none of these: its newest one forbids commercial use without an agreement.
+RembgModel = Literal["u2netp", "isnet-general-use", "birefnet-general"]
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 THRESHOLD = 0.25  # of Grounding DINO's certainty; its authors'
 
@@ -25,6 +28,7 @@ def make_segmenter(
     detector: str = DETECTOR,
     box: Sequence[float] | None = None,
     point: Sequence[float] | None = None,
+    rembg_model: RembgModel = "isnet-general-use",
     device: str = "cpu",
 ) -> Segment | None:
     """What makes a mask of a picture and the noun for what it shows.
@@ -36,6 +40,7 @@ def make_segmenter(
         detector: a Grounding DINO in transformers' format.
         box: (x0, y0, x1, y1) in pixels, for `sam`; the whole picture by default.
         point: (x, y) in pixels on the object, for `sam`.
+        rembg_model: of `rembg`; fetched by that package at its first use.
 
     Raises:
         InputError: an unknown name, or weights or a package that are not there. The segmenter itself raises it where
@@ -53,7 +58,7 @@ def make_segmenter(
         return SamSegmenter(sam, box, point, device)
     if name == "grounded-sam":
         return GroundedSamSegmenter(sam, detector, device)
-    return RembgSegmenter() if name == "rembg" else None
+    return RembgSegmenter(rembg_model) if name == "rembg" else None
 
 
 class SamSegmenter:
@@ -107,19 +112,20 @@ class GroundedSamSegmenter:
 
 
 class RembgSegmenter:
-    """The `rembg` package's background removal (U2-Net by default); it fetches its weights on first use."""
+    """The `rembg` package's background removal, by a model that is named; it fetches its weights on first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: RembgModel) -> None:
+        check_named("rembg_model", model, get_args(RembgModel))
         try:
             import rembg
         except ImportError as error:
             raise InputError("the segmenter `rembg` needs its package: pip install 'pig[rembg]'") from error
         self.remove: Any = rembg.remove
-        self.identity = f"rembg {getattr(rembg, '__version__', '')}"
+        self.identity = f"rembg {getattr(rembg, '__version__', '')} {model}"
         try:
-            self.session = rembg.new_session()
+            self.session = rembg.new_session(model)
         except Exception as error:  # the download's own kinds
-            raise InputError(f"rembg cannot load its model: {str(error).splitlines()[0]}") from error
+            raise InputError(f"rembg cannot load its model {model}: {str(error).splitlines()[0]}") from error
 
     def __call__(self, image: Image.Image, noun: str = "") -> Image.Image:
         mask = self.remove(image.convert("RGB"), session=self.session, only_mask=True).convert("L")

@@ -47,7 +47,7 @@ class KnownRegion:
 
     def paste(self, images: Tensor) -> Tensor:
         """The decoded images (B, 3, H, W) with the picture's own pixels where the mask is black."""
-        return self.pixels.lerp(images, self.open)
+        return self.pixels.lerp(images.to(self.pixels), self.open)  # whatever precision drew them
 
 
 def check_mask(image: Image.Image, mask: Image.Image) -> None:

@@ -181,7 +181,8 @@ class SubjectPipeline(DiffusionPipeline):
         Args:
             prompt: one or several.
             references: pictures of the subject, the same for all prompts; or a list of such lists, one for each
-                prompt, all of one length. A picture is a file, PIL, or PIL and its mask. The object is found by the
+                prompt, all of one length. A picture is a file, PIL, or, within a list, a pair of PIL and its mask
+                (`[(picture, mask)]`; a tuple in the place of a list is a list). The object is found by the
                 picture's own alpha, else by its mask (of a file, by `NAME.mask.png`), else by `segment`; without any
                 of them the whole picture is taken.
             class_noun: what the references show.

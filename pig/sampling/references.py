@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +19,7 @@ from pig.data.subjects import Segment, find_object, load_cutout
 from pig.errors import InputError
 
 Features = Mapping[str, Tensor]  # layer name -> (K, N, C)
-Picture = Image.Image | str | Path | tuple  # the last: a picture and its mask
+Picture = Image.Image | str | Path | tuple  # the last, within a list: a picture and its mask
 Key = tuple[str, int, int]  # what was read (see `digest`), t, seed of the noise
 
 
@@ -36,7 +37,7 @@ def cut_outs_of(prompts: Sequence[str], references: Any, segment: Segment | None
     Raises:
         InputError: a prompt without references, or not equally many for all.
     """
-    if isinstance(references, Picture):
+    if isinstance(references, Image.Image | str | Path):
         references = [references]
     if not references or any(not one for one in references if isinstance(one, list)):
         raise InputError("a prompt without references: give at least one picture of the subject")
@@ -102,6 +103,20 @@ def digest(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
+def reference_noise(shape: Sequence[int], number: int) -> Tensor:
+    """Standard normal noise on a subject's references, independent of what pictures are drawn from (Algorithm 1)."""
+    generator = torch.Generator().manual_seed(diffusion.derived_seed("reference noise", number))
+    return torch.randn(*shape, generator=generator)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken; on a GPU also those that torch's allocator holds free."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
 Encode = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
@@ -123,7 +138,7 @@ def reference_reader(
 
     def run(groups: list[int], t: int, noise_seed: int) -> dict[str, Tensor]:
         z, ts = z_ref[groups], torch.full((len(groups),), t, device=z_ref.device)
-        noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(noise_seed)).to(z)
+        noise = reference_noise(z.shape[1:], noise_seed).to(z)
         alpha, sigma = diffusion.alpha_sigma(alphas_cumprod, ts[:1])
         z_t = diffusion.add_noise(z, noise.expand_as(z), alpha.to(z), sigma.to(z))
         return encode_reference(z_t, ts, text[groups])

@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from pig.errors import InputError
+from pig.files import replacing
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -34,7 +35,20 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     return averages[0] if averages else state["state_dict"]
 
 
-class AsyncCheckpoints(TorchCheckpointIO):
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or not there. (Lightning's own are written into TMPDIR; moved from there across file
+    systems, the new one is copied over the old, and a kill meanwhile leaves neither.)"""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):  # fsspec's business
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as aside:
+            torch.save(checkpoint, aside)
+
+
+class AsyncCheckpoints(WholeCheckpoints):
     """Checkpoints written while training goes on, one at a time, from a copy on the CPU. (Lightning's own takes copies
     on the GPU, which may have no room for weights and moments twice, and as many as are waiting.)"""
 

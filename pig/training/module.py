@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, cast, get_args
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from pig.data.schema import Batch
 from pig.errors import InputError, check_named
 from pig.models.backbone import encode_images, encode_text, encoders_digest, inputs_told, load_backbone
 from pig.sampling.pipeline import SubjectPipeline
+from pig.training.checkpoints import WholeCheckpoints
 from pig.training.optimizers import OptimizerName, Schedule, adamw, lay_out
 from pig.training.step import MicroBatchedModule
 
@@ -145,6 +147,8 @@ class PersonalisationModule(MicroBatchedModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpoints()
         _ = self.encoders_digest  # of the weights as loaded, before any is rounded
         data = self.trainer.datamodule
         for encoded in data.encoded() if data else ():

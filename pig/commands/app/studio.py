@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pig.data.images import SEEDS
 from pig.data.subjects import load_cutout
 from pig.data.transforms import normalise
 from pig.errors import InputError
@@ -84,8 +85,8 @@ class Studio:
             raise InputError("an empty prompt: say what shall be drawn")
         if not 1 <= count <= MAX_IMAGES:
             raise InputError(f"{count} images; from 1 to {MAX_IMAGES}")
-        if seed is None or not 0 <= seed < 2**53:
-            raise InputError("the seed must be a whole number from 0 on")
+        if seed is None or not 0 <= seed <= SEEDS - count:
+            raise InputError("the seed must be a whole number from 0 on, below 2^32")
         cancelled = self._cancelled[session] = threading.Event()
         total = self.pipeline.settings(**settings).num_inference_steps
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 
-import psutil
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
@@ -20,7 +19,7 @@ from pig.methods.bootpig.network import TwoUNet
 from pig.models.backbone import Backbone, vae_scale
 from pig.sampling.guidance import branch_weights, combine, weights_at
 from pig.sampling.pipeline import Call, SubjectPipeline
-from pig.sampling.references import reference_reader
+from pig.sampling.references import free_memory, reference_reader
 from pig.sampling.settings import SamplingSettings, control
 
 ReferenceCaption = Literal["caption", "object"]
@@ -233,7 +232,7 @@ class BootPIGPipeline(SubjectPipeline):
         values = references * (groups * (2 * sum(sizes) + 40 * max(sizes)) + 2 * images * max(sizes))
         needed = values * self.base_unet.dtype.itemsize
         device = self._execution_device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = free_memory(device)
         if needed > free:
             raise InputError(
                 f"{images} images of {groups} subjects with {references} references each need about "

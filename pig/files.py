@@ -1,0 +1,31 @@
+"""Files that are whole or not there: written aside, put on the disk, and moved into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, beside `path`, whose place it takes when the block ends.
+
+    Beside it, so that the move stays within one file system: across two, moving means copying over what was there. If
+    the block raises, or the machine goes down, `path` is what it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        with aside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text, wholly or not at all."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
