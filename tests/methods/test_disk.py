@@ -1,0 +1,105 @@
+"""Models on disk: what `--model` takes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import embedded
+from PIL import Image
+
+from pig.commands.export import export
+from pig.errors import InputError
+from pig.methods import find_model, load_module, load_pipeline
+from pig.models.backbone import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("delta") / "bootpig"
+    shutil.copytree(WEIGHTS / "bootpig", folder)
+    return folder
+
+
+def test_names() -> None:
+    for name, method in {"toyworld": "bootpig", "toyworld/bootpig": "bootpig", "toyworld/base": "base"}.items():
+        assert find_model(name).method == method
+    assert find_model("base:some/hub-id").base == "some/hub-id"
+    assert find_model("toyworld").settings["text_guidance"] == 1.5
+    assert load_pipeline("toyworld/base", "cpu").method == "base"
+    with pytest.raises(InputError, match=r"no embedded model 'toyworld/nothing'; there are: base, bootpig"):
+        find_model("toyworld/nothing")
+    with pytest.raises(InputError, match="is no model: give a folder made by `export`, `toyworld`"):
+        find_model("nowhere")
+
+
+def test_the_embedded_model_is_a_delta_that_draws_as_before(delta) -> None:
+    red = Image.new("RGB", (64, 64), (220, 20, 20))
+    given = {"num_inference_steps": 2, "output_type": "pt"}
+    drawn = [
+        pipe("a mug", [red], generator=torch.Generator().manual_seed(0), **given).images
+        for pipe in (embedded(), load_pipeline(delta, "cpu"))
+    ]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_digest": "0" * 64}, "was trained on another base model"),
+        ({"method": "nothing"}, "method 'nothing' is none of"),
+        ({"settings": {"strenght": 1}}, "'strenght' is no control"),
+        ({"settings": {"text_guidance": -1}}, "text_guidance must be between 0"),
+        ({"more": 1}, "is no description of a delta"),
+    ],
+)
+def test_deltas_that_do_not_fit(delta, tmp_path, change, message) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(delta, folder)
+    told = json.loads((folder / "delta.json").read_text())
+    (folder / "delta.json").write_text(json.dumps({**told, **change}))
+    with pytest.raises(InputError, match=message):
+        load_pipeline(folder, "cpu")
+
+
+def test_torn_deltas_and_foreign_folders(delta, tmp_path) -> None:
+    folder = tmp_path / "torn"
+    shutil.copytree(delta, folder)
+    content = (folder / "delta.safetensors").read_bytes()
+    (folder / "delta.safetensors").write_bytes(content[:5000])
+    with pytest.raises(InputError, match="missing or torn"):
+        load_pipeline(folder, "cpu")
+    (folder / "delta.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        load_pipeline(folder, "cpu")
+    (folder / "delta.json").unlink()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(InputError, match="is a FluxPipeline, of no method known here"):
+        load_pipeline(folder, "cpu")
+
+
+def test_exports_that_cannot_be(tmp_path) -> None:
+    for given in ({}, {"checkpoint": tmp_path / "x", "model": "toyworld"}):
+        with pytest.raises(InputError, match="give either --checkpoint or --model"):
+            export(tmp_path / "out", **given)
+    with pytest.raises(InputError, match="only a model that was trained here has a delta"):
+        export(tmp_path / "out", model="base:toyworld", delta=True)
+    torch.save({"pig_method": "other", "state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="no checkpoint of a method known here"):
+        load_module(tmp_path / "other.ckpt")
+    pipe = embedded()
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.weight += 0.1
+    pipe.save_pretrained(tmp_path / "changed")
+    with pytest.raises(InputError, match="is not that of the base model 'toyworld': a delta would lose it"):
+        export(tmp_path / "out", model=str(tmp_path / "changed"), delta=True)
+
+
+def test_half_a_delta(tmp_path) -> None:
+    export(tmp_path / "half", model="toyworld", delta=True, half=True)
+    again = tmp_path / "half/delta.safetensors"
+    assert again.read_bytes() == (WEIGHTS / "bootpig/delta.safetensors").read_bytes() or again.stat().st_size < 15.2e6
+    assert (tmp_path / "half/delta.json").read_text() == (WEIGHTS / "bootpig/delta.json").read_text()
