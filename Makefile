@@ -51,7 +51,7 @@ app: .venv/.app ## a page to draw on in the browser, at localhost:7860 (ARGS="--
 	$(BIN)/python -W ignore -m pig.cli app $(ARGS)
 
 test-app: .venv/.browser ## the page driven in Chromium (apt-get install chromium)
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m pytest -m browser tests/test_app.py
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m pytest -m browser tests/commands/test_app.py
 
 sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 subjects x 3 seeds, into runs/sweep (an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)

@@ -18,6 +18,8 @@ from pig.data.schema import Batch
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 
+pytest_plugins = ["benches", "chains", "drawing"]  # their fixtures
+
 # A Trainer that leaves nothing behind.
 QUIET = {
     "logger": False,

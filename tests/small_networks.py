@@ -1,4 +1,4 @@
-"""Small random CLIP and DINO models saved in the public formats, and a benchmark for them."""
+"""Small random networks saved in the public formats, and a benchmark for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessor,
+    GroundingDinoProcessor,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3Processor,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from pig.models.backbone import WEIGHTS
 
@@ -112,3 +128,68 @@ def save_benchmark(folder: Path, images_per_prompt: int = 2) -> tuple[Path, Path
         f"Classes\n\nsubject_name,class\n{classes}\n\n" + "\n".join(lists)
     )
     return images, subjects
+
+
+def tiny_grounding_dino(folder: Path) -> None:
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "mug", "red", "boat"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    layers = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = GroundingDinoConfig(
+        backbone_config={
+            "model_type": "swin",
+            "image_size": 64,
+            "embed_dim": 16,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 2, 2],
+            "window_size": 2,
+            "out_features": ["stage2", "stage3", "stage4"],
+        },
+        text_config={
+            "model_type": "bert",
+            "vocab_size": len(words),
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 64,
+        },
+        d_model=32,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=5,
+        **layers,
+    )
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    processor = GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 128})
+    GroundingDinoProcessor(processor, BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
+
+
+def tiny_sam3(folder: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
+    config = Sam3Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "num_hidden_layers": 2,
+                "image_size": 112,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+                "pretrain_image_size": 56,
+                **size,
+            },
+            "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        },
+        text_config={"vocab_size": len(tokenizer), "projection_dim": 32, "num_hidden_layers": 1, **size}
+        | {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
+        geometry_encoder_config={"num_layers": 1, **size},
+        detr_encoder_config={"num_layers": 1, **size},
+        detr_decoder_config={"num_layers": 1, "num_queries": 5, **size},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
+    )
+    Sam3Model(config).save_pretrained(folder)
+    Sam3Processor(Sam3ImageProcessor(size={"height": 112, "width": 112}), tokenizer).save_pretrained(folder)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import embedded, generate
 from PIL import Image
-from test_datagen import tiny_grounding_dino
+from small_networks import tiny_grounding_dino
 
 from pig import cli
 from pig.commands.generate import parse_shard
