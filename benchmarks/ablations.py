@@ -78,8 +78,8 @@ def main() -> None:
             took = (time.perf_counter() - began) / 60
             console.print(f"{name}, seed {seed}: {took:.1f} minutes; {len(trainings) - number - 1} trainings to go")
     found = score_all(out)
-    (out / "ablations.json").write_text(json.dumps(found, indent=1))
-    (out / "ablations.md").write_text(markdown(found))
+    (out / "ablations.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (out / "ablations.md").write_text(markdown(found), encoding="utf-8")
     console.print(f"{out / 'ablations.md'}, {out / 'ablations.json'}")
 
 

@@ -144,7 +144,7 @@ def main() -> None:
             table.add_row(row["stage"], row["way"], f"{row['samples_per_second']:.2f}", f"{ratio:.2f}", memory)
     Console().print(table)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    chosen.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
     print(chosen.out)
 
 

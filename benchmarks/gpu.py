@@ -210,7 +210,9 @@ def main() -> None:
     rows = []
     for row in PARTS[chosen.part](Setting(chosen.size, chosen.out)):
         rows.append(row)  # written at once: a part may run out of time
-        (chosen.out / f"{chosen.part}.json").write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
+        (chosen.out / f"{chosen.part}.json").write_text(
+            json.dumps({"machine": machine_name(), "rows": rows}, indent=1), encoding="utf-8"
+        )
     table = Table(*rows[0], title=f"{chosen.part}: {machine_name()}, {chosen.size}")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))

@@ -108,7 +108,7 @@ def main() -> None:
         seconds, rate = stages(folder), speed(folder)
         shares = {stage: taken / sum(seconds.values()) for stage, taken in seconds.items()}
         rows.append({"inputs": name, "samples_per_second": rate, "needed": NEEDED[name], "shares": shares})
-    chosen.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    chosen.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
     stages_ = ("read", "decode", "resize", "augment", "collate")
     columns = ("inputs", "samples/s of a core", "16 cores against an H200", *stages_)
     table = Table(*columns, title=f"{machine()}, {SIZE} px")

@@ -249,7 +249,7 @@ def count(way: str, references: int, images: int) -> dict[str, Any]:
 
 def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -297,7 +297,7 @@ def main() -> None:
         console.print(f"q, k, v at the size of {name} product(s): {1000 * seconds:.2f} ms")
     found = {"machine": machine(), "rows": rows + counted, "ladder": ladder, "fused": fused}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(found, indent=1))
+    chosen.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(chosen.out)
 
 

@@ -95,13 +95,13 @@ def main() -> None:
             draw_jobs(pipeline, jobs, cutouts[references], folder, told, batch_size=12)
             found[name] = scorer.score(folder, subjects).per_subject()
             console.print(f"{name}: DINO {fmean(found[name]['dino']):.3f}  CLIP-T {fmean(found[name]['clip_t']):.3f}")
-    (out / "sweep.json").write_text(json.dumps(found, indent=1))
+    (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     text = "\n\n".join(markdown(title, list(table), found) for title, table in TABLES.items())
-    (out / "sweep.md").write_text(text + "\n")
+    (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
     points = [
         Point("5 / 1.5" if name == USUAL_NAME else name, found[name]) for name in (USUAL_NAME, *TABLES["Guidance"])
     ]
-    (out / "guidance.svg").write_text(plane_svg(points))
+    (out / "guidance.svg").write_text(plane_svg(points), encoding="utf-8")
     for name in ("sweep.json", "sweep.md", "guidance.svg"):
         console.print(f"  {out / name}")
 

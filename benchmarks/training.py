@@ -285,7 +285,7 @@ def main() -> None:
         row["seconds_per_sample"]["loader"] = loading / chosen.batch
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
         row["precision"] = chosen.precision
-    chosen.out.write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1))
+    chosen.out.write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1), encoding="utf-8")
     title = f"{machine_name()}, {chosen.size}, {chosen.precision}; GFLOP of a sample; peak {peak / 1e9:.0f} GFLOP/s"
     columns = ("way", "batch", "samples/s", "speed", "GFLOP", "of peak", "memory")
     table = Table(*columns, title=title)

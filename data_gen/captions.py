@@ -287,13 +287,13 @@ def make_captions(out: Path, config: CaptionsConfig, seed: int) -> list[Caption]
     else:
         collection = Collection(config.count, config.max_object_share, read_captions(part) if part.exists() else [])
         if (out / STATS).exists():
-            before = json.loads((out / STATS).read_text())
+            before = json.loads((out / STATS).read_text(encoding="utf-8"))
             collection.calls, collection.rejected = before["calls"], Counter(before["rejected"])
         captioner: Captioner = ChatCaptioner(config) if config.captioner == "chat" else LocalCaptioner(config, seed)
         write_lines(part, map(asdict, collection.captions))
         progress = tqdm(total=config.count, initial=len(collection.captions), desc="captions", unit="caption")
         try:
-            with part.open("a") as stream, progress:
+            with part.open("a", encoding="utf-8") as stream, progress:
                 for caption in collect(captioner, collection, config):
                     stream.write(json.dumps(asdict(caption)) + "\n")
                     stream.flush()
@@ -313,7 +313,7 @@ def _write_stats(out: Path, calls: int, rejected: Mapping[str, int]) -> None:
 def read_captions(file: Path) -> list[Caption]:
     """The lines that are whole; a last one that a kill has torn is left out."""
     captions = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             captions.append(Caption(**json.loads(line)))
         except (ValueError, TypeError):

@@ -12,6 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from data_gen.folders import MADE_BY
 from pig.errors import InputError
 
 
@@ -237,6 +238,8 @@ def settle(config: DatagenConfig) -> None:
         InputError: the folder holds shards, or captions, of another config; the message shows the difference.
     """
     out = Path(config.output)
+    if (out / MADE_BY).exists():
+        raise InputError(f"{out} holds what another command has made ({MADE_BY}); choose another output")
     kept, shards = out / "datagen.yaml", any(out.glob("*.tar"))
     now = asdict(config)
     if kept.exists():
@@ -262,5 +265,5 @@ def settle(config: DatagenConfig) -> None:
     elif shards:
         raise InputError(f"{out} holds shards of another origin (there is no datagen.yaml); choose another output")
     part = kept.with_suffix(".part")
-    part.write_text(OmegaConf.to_yaml(OmegaConf.create(now)))
+    part.write_text(OmegaConf.to_yaml(OmegaConf.create(now)), encoding="utf-8")
     part.rename(kept)

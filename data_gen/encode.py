@@ -127,6 +127,10 @@ def encode_shards(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be made a folder: {error.strerror}") from error
+    if strangers := sorted(path.name for path in out.glob("*.tar") if path not in names):
+        raise InputError(
+            f"--out {out} holds {strangers[0]}, which is of none of these shards: name another, or remove it"
+        )
     if variants < 0:
         raise InputError(f"--variants must be at least 0, got {variants}")
     encoder = Encoder(base, resolution, variants, augmentation, half)
@@ -152,7 +156,7 @@ def tar_of(shard: Shard, out: Path) -> Path:
 def is_done(tar: Path, shard: Shard, identity: Mapping[str, Any]) -> bool:
     """Raises InputError where another base or other settings made what is there."""
     try:
-        stats = ShardStats(**json.loads(Path(stats_path(str(tar))).read_text()))
+        stats = ShardStats(**json.loads(Path(stats_path(str(tar))).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return False
     there = dict(stats.encoded or {})
@@ -167,12 +171,10 @@ def encode_shard(shard: Shard, tar: Path, encoder: Encoder, bar: Any) -> int:
     rejected: Counter[str] = Counter()
 
     def good() -> Iterator[tuple[Triplet, bytes]]:
-        for raw in read_shard(shard):
+        for raw in read_shard(shard, whole=True):
             bar.update()
-            if isinstance(raw, MissingSampleError):  # perhaps there at the next try: nothing is finished without it
-                raise InputError(
-                    f"{raw}. Finished shards are kept; start again to go on, or make this one again"
-                ) from raw
+            if isinstance(raw, MissingSampleError):
+                raise raw
             try:
                 if isinstance(raw, BadSampleError):
                     raise raw
@@ -188,4 +190,8 @@ def encode_shard(shard: Shard, tar: Path, encoder: Encoder, bar: Any) -> int:
             for encoded, reference in zip(encoder(list(triplets)), references, strict=True):
                 yield encoded_members(encoded, reference)
 
-    return write_samples(tar, members(), rejected, {**encoder.identity, "source": shard.stats.sha256}).count
+    try:
+        return write_samples(tar, members(), rejected, {**encoder.identity, "source": shard.stats.sha256}).count
+    except MissingSampleError as error:  # perhaps there at the next try: nothing is finished without it
+        told = "Finished shards are kept; start again to go on, or make this one again"
+        raise InputError(f"{error}. {told}") from error

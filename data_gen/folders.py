@@ -26,7 +26,7 @@ def claim_for(out: Path, command: str, **arguments: Any) -> None:
         before = None
     except ValueError as error:
         raise InputError(f"{out / MADE_BY} is damaged ({error}): give another --out, or remove the folder") from error
-    held = before is not None or any(out.glob("*.tar"))
+    held = before is not None or (out.is_dir() and any(out.iterdir()))
     if held and before != now:
         of = {} if not isinstance(before, dict) else before
         other = [
@@ -35,7 +35,7 @@ def claim_for(out: Path, command: str, **arguments: Any) -> None:
             if of.get(name) != now.get(name)
         ]
         why = "; ".join(other) if of else "of another origin"
-        raise InputError(f"{out} holds shards or subjects made otherwise ({why}): give another --out, or remove it")
+        raise InputError(f"{out} holds what was made otherwise ({why}): give another --out, or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / MADE_BY, json.dumps(now, indent=1) + "\n")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from data_gen.config import ImagesConfig
 from data_gen.samples import Report, Sample, batches, read_samples, save_png, write_lines
 from pig.errors import InputError
-from pig.models.backbone import resolve
+from pig.models.backbone import half_on, resolve
 
 DONE = "images.jsonl"
 
@@ -23,7 +23,7 @@ class Painter:
 
     def __init__(self, config: ImagesConfig, device: str) -> None:
         self.config = config
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        dtype = half_on(device)
         try:
             self.pipeline: DiffusionPipeline = AutoPipelineForText2Image.from_pretrained(
                 resolve(config.model), dtype=dtype, use_safetensors=True

@@ -51,7 +51,9 @@ def inspect(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(shown)
     sheet.save(out / "inspect.png")
-    (out / "inspect.html").write_text(_page(folder, shards, [*left_out, *bad], scores, objects, sheet))
+    (out / "inspect.html").write_text(
+        _page(folder, shards, [*left_out, *bad], scores, objects, sheet), encoding="utf-8"
+    )
     rejected = rejections(shard.stats for shard in shards)
     print(f"{total} triplets, {len(objects)} objects, rejected while made: {dict(rejected)}; unusable: {len(bad)}")
     print(f"  {out / 'inspect.html'}\n  {out / 'inspect.png'}")

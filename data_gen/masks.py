@@ -14,6 +14,7 @@ from PIL import Image
 from data_gen.config import MasksConfig
 from data_gen.samples import Report, batches, read_samples, save_png, write_lines
 from pig.data.transforms import load_image, reference_picture
+from pig.models.backbone import half_on
 from pig.models.encoders import load_clip
 from pig.models.segmenters import (
     automatic_masks,
@@ -133,7 +134,7 @@ class BatchedSam:
 
     def __init__(self, config: MasksConfig, device: str) -> None:
         self.model = load_sam(str(config.sam), device)
-        self.dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        self.dtype = half_on(device)
         self.fill_up_to = config.batch_size if config.compile else 0
         if config.compile:
             self.model.image_encoder.compile(dynamic=False)

@@ -79,7 +79,7 @@ def check_device(config: DatagenConfig) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w") as lock:
+    with (out / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -90,7 +90,9 @@ def locked(out: Path) -> Iterator[None]:
 def stats_of(config: DatagenConfig, number: int) -> ShardStats | None:
     """What stands beside a shard; None where nothing readable does."""
     try:
-        return ShardStats(**json.loads(Path(stats_path(str(tar_of(Path(config.output), number)))).read_text()))
+        return ShardStats(
+            **json.loads(Path(stats_path(str(tar_of(Path(config.output), number)))).read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError, TypeError):
         return None
 
@@ -233,7 +235,7 @@ def write_card(config: DatagenConfig) -> None:
     stats, out = all_stats(config), Path(config.output)
     rejected = rejections(stats)
     dropped = rejected.pop("dropped after all attempts", 0)
-    caption_rejects = json.loads((out / caption_stage.STATS).read_text())["rejected"]
+    caption_rejects = json.loads((out / caption_stage.STATS).read_text(encoding="utf-8"))["rejected"]
     facts = {
         "captions": f"{config.captions.count}, by {captioner(config.captions)}",
         "pictures of each": config.images.per_caption,
@@ -257,7 +259,7 @@ def write_card(config: DatagenConfig) -> None:
         + "\nCaptions rejected, by reason:\n\n"
         + markdown_table(("reason", "captions"), caption_rejects)
     )
-    (out / CARD).write_text(text)
+    (out / CARD).write_text(text, encoding="utf-8")
 
 
 def stage_alone(stage: str, config: DatagenConfig, folder: Path | None = None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from pig.data.images import SEEDS
 from pig.errors import InputError
 
 T = TypeVar("T")
@@ -40,13 +42,13 @@ def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
 def write_lines(file: Path, rows: Iterable[Any]) -> None:
     """JSON lines, in place at once or not at all."""
     part = file.with_name(file.name + ".part")
-    part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
     part.rename(file)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}: {error}") from error
 
@@ -61,9 +63,11 @@ def read_samples(folder: Path) -> list[Sample]:
     rows = read_lines(folder / "samples.jsonl")
     try:
         samples = [Sample(**row) for row in rows]
+        if twice := [key for key, times in Counter(sample.key for sample in samples).items() if times > 1]:
+            raise TypeError(f"the key {twice[0]!r} stands twice")
         for sample in samples:
-            if not isinstance(sample.seed, int) or not 0 <= sample.seed < 2**63:
-                raise TypeError(f"a seed is a whole number below 2^63, not {sample.seed!r}")
+            if not isinstance(sample.seed, int) or not 0 <= sample.seed < SEEDS:
+                raise TypeError(f"a seed is a whole number below 2^32, not {sample.seed!r}")
             if not isinstance(sample.key, str) or not KEY.fullmatch(sample.key):  # it names files
                 raise TypeError(f"a key is letters, digits, _ and -, not {sample.key!r}")
         return samples

@@ -134,7 +134,7 @@ class ShardMaker:
         try:
             work.mkdir(parents=True, exist_ok=True)
             # An orphan of a killed run may still be at it, for a second: wait until it is gone.
-            with (work.parent / f"{number:06d}.lock").open("w") as lock:
+            with (work.parent / f"{number:06d}.lock").open("w", encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 report = self._make(number, work)
                 shutil.rmtree(work)
@@ -250,7 +250,7 @@ class Progress:
 
 def read_progress(output: Path, number: int) -> dict[str, int]:
     try:
-        return json.loads((work_of(output, number) / "progress.json").read_text())
+        return json.loads((work_of(output, number) / "progress.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

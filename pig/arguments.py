@@ -108,9 +108,11 @@ def _add_controls(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> 
 def _type(one: Control) -> dict[str, Any]:
     if one.kind is tuple:
         return {"nargs": "+", "type": float}
+    if one.kind is bool:
+        return {"action": jsonargparse.ActionYesNo(no_prefix="no_")}
     if one.choices:
-        return {"choices": [choice for choice in one.choices if choice is not None]}
-    return {"type": one.kind}
+        return {"type": one.kind, "choices": [choice for choice in one.choices if choice is not None]}
+    return {"type": one.kind | None if one.optional else one.kind}
 
 
 def _range(one: Control) -> str:
@@ -122,18 +124,16 @@ def _range(one: Control) -> str:
 
 def _named_model(words: Sequence[str]) -> str:
     """`--model` of the command line, else of a config file, else the embedded one."""
-    named: dict[str, str] = {}
-    for at, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in ("--model", "--config"):
-            named[flag] = value if equals else next(iter(words[at + 1 : at + 2]), "")
-    if named.get("--model"):
-        return named["--model"]
-    if named.get("--config"):
+    model = TOYWORLD
+    flags = [word.partition("=") for word in words]
+    given = [
+        (flag, value if equals else next(iter(words[at + 1 :]), "")) for at, (flag, equals, value) in enumerate(flags)
+    ]
+    for config in [value for flag, value in given if flag == "--config"]:
         try:
-            told = OmegaConf.to_container(OmegaConf.load(named["--config"]))
+            told = OmegaConf.to_container(OmegaConf.load(config))
         except Exception as error:
-            raise InputError(f"--config {named['--config']}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"--config {config}: {str(error).splitlines()[0]}") from error
         if isinstance(told, Mapping) and told.get("model"):
-            return str(told["model"])
-    return TOYWORLD
+            model = str(told["model"])
+    return next((value for flag, value in reversed(given) if flag == "--model"), model)

@@ -95,7 +95,7 @@ def main() -> None:
     scorer = toy_scorer(out / "eval")
     results = [scorer.score(condition_folder(out, name), subjects, name=name) for name in CONDITIONS]
     scores = {result.name: {score: one["mean"] for score, one in result.scores.items()} for result in results}
-    (out / "scores.json").write_text(json.dumps(scores, indent=1))
+    (out / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     summary = summarise(scores)
     draw_grid(out, subjects)
     # A run that was stopped before its first step has left no metrics.
@@ -105,14 +105,14 @@ def main() -> None:
     sections = {
         "Pictures": f'<img alt="grid of pictures" src="data:image/png;base64,{grid}">',
         "Training loss": curve_svg(read_curve([path / "metrics.csv" for path in logs], "train/loss")),
-        "Settings": f"<pre>{html.escape((logs[-1] / 'config.yaml').read_text())}</pre>",
+        "Settings": f"<pre>{html.escape((logs[-1] / 'config.yaml').read_text(encoding='utf-8'))}</pre>",
     }
     write_report(results, out, title="BootPIG on the toy world", summary=summary, sections=sections)
     console.print(means_table(scores))
     if chosen.beside is not None:
         other = chosen.beside / "scores.json"
         if other.exists():
-            console.print(means_table(json.loads(other.read_text()), f"{chosen.beside}"))
+            console.print(means_table(json.loads(other.read_text(encoding="utf-8")), f"{chosen.beside}"))
         else:
             console.print(f"(no {other} to put beside it: `make demo` makes one)")
     for line in summary:

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from data_gen.__main__ import run as data_gen
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.commands import generate as commands
+from pig.commands import options
 from pig.data.schema import Batch
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
@@ -49,9 +50,9 @@ def generate(out: Path, model: str = "toyworld", **flags: Any) -> None:
     groups = {
         name: kind(**{one.name: flags.pop(one.name) for one in dataclasses.fields(kind) if one.name in flags})
         for name, kind in (
-            ("what", commands.Subjects),
-            ("cutting_out", commands.CuttingOut),
-            ("output", commands.Output),
+            ("what", options.Subjects),
+            ("cutting_out", options.CuttingOut),
+            ("output", options.Output),
         )
     }
     commands.generate(out, model, **groups, settings=flags)

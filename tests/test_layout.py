@@ -18,7 +18,7 @@ FLOORS = (
     ("sampling",),
     ("training",),
     ("methods",),
-    ("commands", "executors"),
+    ("commands",),
     ("arguments",),
     ("cli", "demo"),
 )
@@ -64,7 +64,8 @@ def test_the_toy_world_is_for_its_stages_and_its_demonstration() -> None:
             if name.startswith("pig.toyworld"):
                 assert room in ("toyworld", "demo"), f"{path} imports {name}"
             if room == "toyworld":
-                assert name.split(".")[1] in ("toyworld", "models", "data", "diffusion", "errors"), f"{path}: {name}"
+                free = ("toyworld", "models", "data", "diffusion", "errors")
+                assert name.split(".")[1] in free or name.startswith("pig.training.checkpoints"), f"{path}: {name}"
 
 
 def test_no_circle() -> None:
@@ -107,10 +108,17 @@ def test_only_attention_touches_attention_processors() -> None:
             assert "attention_processor" not in path.read_text(), path
 
 
+# What reads better whole than in parts, and how long it is at most.
+WHOLE = {"build_page": 110, "__call__": 110, "score": 90}
+
+
 def test_nothing_is_too_long_to_read() -> None:
     for path in files():
         lines = len(path.read_text().splitlines())
-        assert lines <= 400, f"{path}: {lines} lines"
+        assert lines <= 350, f"{path}: {lines} lines"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 110, f"{path}: {node.name}"
+                length = node.end_lineno - node.lineno + 1
+                assert length <= WHOLE.get(node.name, 80), f"{path}: {node.name} has {length} lines"
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path

@@ -74,7 +74,7 @@ def save_generated(
     partial = (folder / file).with_suffix(".tmp")
     image.save(partial, format="PNG")
     partial.replace(folder / file)  # so that a run that is killed leaves no torn image
-    with (folder / manifest).open("a") as stream:
+    with (folder / manifest).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(line)) + "\n")
     return line
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import webdataset as wds
 from PIL import Image
@@ -54,7 +55,25 @@ class Shard:
     stats: ShardStats
 
 
-TAR = re.compile(r"([^/\s'\"]+)\.tar(?=$|[?#\s'\"|])")  # in a path, a URL with its query, or a `pipe:` command
+IN_COMMAND = re.compile(r"([^\s'\"/=]+)\.tar(?![\w.-])")  # the first one in a `pipe:` command
+
+
+def _place(tar: str) -> tuple[str, str, str]:
+    """A shard's path, URL or `pipe:` command as what stands before NAME.tar, NAME, and what stands behind.
+
+    Raises:
+        InputError: no NAME.tar stands in it.
+    """
+    if tar.startswith("pipe:"):
+        if found := IN_COMMAND.search(tar):
+            return tar[: found.start()], found[1], tar[found.end() :]
+    else:
+        path = urlsplit(tar).path if "://" in tar else tar
+        name = path.rsplit("/", 1)[-1]
+        if name.endswith(".tar") and name != ".tar":
+            before, _, behind = tar.partition(path) if "://" in tar else ("", "", "")
+            return before + path.removesuffix(name), name.removesuffix(".tar"), behind
+    raise InputError(f"{tar}: a shard's name must end in .tar")
 
 
 def stats_path(tar: str) -> str:
@@ -64,17 +83,13 @@ def stats_path(tar: str) -> str:
         InputError: no `NAME.tar` stands in it. (An address that is signed for one file opens no other: serve such
             shards by a command, `pipe:...`, or copy them.)
     """
-    found = list(TAR.finditer(tar))
-    if not found:
-        raise InputError(f"{tar}: a shard's name must end in .tar")
-    last = found[-1]
-    return f"{tar[: last.start()]}{last[1]}_stats.json{tar[last.end() :]}"
+    before, name, behind = _place(tar)
+    return f"{before}{name}_stats.json{behind}"
 
 
 def shard_name(tar: str) -> str:
     """`NAME.tar`, of a path, URL or `pipe:` command."""
-    stats_path(tar)  # refuses what has none
-    return f"{list(TAR.finditer(tar))[-1][1]}.tar"
+    return f"{_place(tar)[1]}.tar"
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -130,7 +145,7 @@ def write_samples(
     aside.rename(tar)
     part = Path(stats_path(str(tar)) + ".part")
     written = {name: value for name, value in asdict(stats).items() if value is not None}
-    part.write_text(json.dumps(written, indent=1))
+    part.write_text(json.dumps(written, indent=1), encoding="utf-8")
     part.rename(stats_path(str(tar)))
     return stats
 
@@ -152,10 +167,15 @@ def find_shards(spec: str | Sequence[str]) -> tuple[list[Shard], list[str]]:
     shards, left_out = [], []
     for url in [url for one in specs for url in _expand(one)]:
         try:
-            with wds.gopen(stats_path(url)) as stream:
+            stats_of = stats_path(url)
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        try:
+            with wds.gopen(stats_of) as stream:
                 stats = ShardStats(**json.loads(stream.read()))
         except (OSError, ValueError, TypeError) as error:
-            left_out.append(f"{url}: no readable {Path(stats_path(url)).name} beside it, so it is unfinished ({error})")
+            left_out.append(f"{url}: no readable {Path(stats_of).name} beside it, so it is unfinished ({error})")
             continue
         if stats.count:  # of a torn one, what is missing is counted when it is read
             shards.append(Shard(url, stats))
@@ -182,11 +202,47 @@ def _expand(spec: str) -> list[str]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
-    """Exactly `shard.stats.count` samples in their order; what a torn tar lacks comes as MissingSampleError."""
+class Counted:
+    """A stream that counts and hashes what is read of it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.sha256, self.bytes = stream, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.stream.read(size)
+        self.sha256.update(content)
+        self.bytes += len(content)
+        return content
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def check(self, shard: Shard) -> None:
+        """
+        Raises:
+            MissingSampleError: what came is not what the shard's statistics are of.
+        """
+        while self.read(2**20):
+            pass
+        if self.sha256.hexdigest() != shard.stats.sha256:
+            raise MissingSampleError(
+                f"{shard.url} is torn, or changed: {self.bytes} bytes came, {shard.stats.bytes} were promised"
+            )
+
+
+def read_shard(shard: Shard, whole: bool = False) -> Iterator[Raw | BadSampleError]:
+    """Exactly `shard.stats.count` samples in their order; what a torn tar lacks comes as MissingSampleError.
+
+    whole: hold what was read against the statistics in the end.
+
+    Raises:
+        MissingSampleError: with `whole`, they differ. (A tar that is cut between two of its members looks whole.)
+    """
     seen = 0
+    counted: Counted | None = None
     try:
-        stream = wds.tariterators.tar_file_expander([{"url": shard.url, "stream": wds.gopen(shard.url)}])
+        counted = Counted(wds.gopen(shard.url))
+        stream = wds.tariterators.tar_file_expander([{"url": shard.url, "stream": counted}])
         for sample in wds.tariterators.group_by_keys(stream):
             if seen == shard.stats.count:
                 break
@@ -199,6 +255,8 @@ def read_shard(shard: Shard) -> Iterator[Raw | BadSampleError]:
         cause = f"{type(error).__name__}: {error}"
     for index in range(seen, shard.stats.count):
         yield MissingSampleError(f"{shard.url}, sample {index}: the tar is torn ({cause})")
+    if whole and counted is not None:
+        counted.check(shard)
 
 
 def decode_triplet(raw: Raw) -> Triplet:

@@ -165,5 +165,6 @@ def write_prompts(folder: Path, classes: Sequence[tuple[str, str]], templates: S
     lines = [f"{name},{noun}" for name, noun in classes]
     (folder / PROMPTS_FILE).write_text(
         "\n".join(["Classes", "", "subject_name,class", *lines, "", "Prompts", ""])
-        + f"\nObject Prompts\n\n{prompts}\n\nLive Subject Prompts\n\n{prompts}\n"
+        + f"\nObject Prompts\n\n{prompts}\n\nLive Subject Prompts\n\n{prompts}\n",
+        encoding="utf-8",
     )

@@ -26,7 +26,7 @@ from pig.evaluation.report import write_report
 from pig.evaluation.results import Result, summarise
 from pig.evaluation.tables import score_table, write_tables
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
-from pig.models.foreground import SegmenterName, make_segmenter
+from pig.models.foreground import RembgModel, SegmenterName, make_segmenter
 
 LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "open_clip_torch", "timm", "torchmetrics")
 console = Console(soft_wrap=True)
@@ -153,6 +153,7 @@ def evaluate(
     text_only: Path | None = None,
     segmenter: SegmenterName = "none",
     sam: str = "toyworld",
+    rembg_model: RembgModel = "isnet-general-use",
     images_per_prompt: int | None = None,
     allow_missing: bool = False,
     name: str | None = None,
@@ -169,9 +170,10 @@ def evaluate(
         protocol: the rules of scoring; the others are known deviations, to compare with who deviates.
         clip: `toyworld`; a folder in transformers' or open_clip's format; a hub id; `open_clip:MODEL/WEIGHTS`.
         dino: `toyworld`; a folder in transformers' or timm's format; a hub id; `timm:MODEL`.
-        text_only: images of the base model without references, for comparison (`generate --text_only`).
+        text_only: images of the base model without references, for comparison (`generate --model base:NAME`).
         segmenter: also score the objects alone, on white: sam, grounded-sam, rembg; or none.
         sam: of the segmenter: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth.
+        rembg_model: of rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`.
         images_per_prompt: how many there must be; by default as many as any prompt has.
         allow_missing: score what is there where images are missing or unreadable, and say so in the result.
         name: of the method, in the tables; by default the images folder's.
@@ -196,7 +198,7 @@ def evaluate(
         load_dino(dino, device, crop=rules.crop),
         out,
         rules,
-        make_segmenter(segmenter, sam=sam, device=device),
+        make_segmenter(segmenter, sam=sam, rembg_model=rembg_model, device=device),
         allow_missing=allow_missing,
         batch_size=batch_size,
     )

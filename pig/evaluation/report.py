@@ -66,8 +66,8 @@ def write_report(
         "data": json.dumps(gallery(results)).replace("<", "\\u003c"),
     }
     # In one pass: what is filled in may look like a place to fill.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], TEMPLATE.read_text())
-    (out / "report.html").write_text(page, errors="backslashreplace")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], TEMPLATE.read_text(encoding="utf-8"))
+    (out / "report.html").write_text(page, errors="backslashreplace", encoding="utf-8")
 
 
 def _section(heading: str, content: str) -> str:

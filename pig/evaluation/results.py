@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pig.errors import InputError
@@ -57,7 +57,7 @@ class Result:
     def write(self, out: Path) -> None:
         told = {name: value for name, value in asdict(self).items() if name != "folder"}
         partial = out / f"{RESULTS}.tmp"
-        partial.write_text(json.dumps(told, indent=1, allow_nan=False))
+        partial.write_text(json.dumps(told, indent=1, allow_nan=False), encoding="utf-8")
         partial.replace(out / RESULTS)
 
     @classmethod
@@ -72,7 +72,7 @@ class Result:
             return cls(**told, folder=folder)
         except OSError as error:
             raise InputError(f"{folder} holds no {RESULTS}: make it with `evaluate --out {folder}`") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{folder / RESULTS} is no result of this version's `evaluate`: {error}") from error
 
 
@@ -104,10 +104,23 @@ def _check(told: Any) -> None:
             for name in names:
                 if not isinstance(one, dict) or not KEY.fullmatch(str(one.get(name))):
                     raise ValueError(f"the {name} of a picture is not made of letters, digits, _ and -")
+    if unknown := set(told["bounds"]) - {"real", "copy", "text_only"}:
+        raise ValueError(f"an unknown bound {sorted(unknown)[0]!r}")
     for scores in (told["scores"], *told["groups"].values(), *told["bounds"].values()):
-        for score, of in scores.items():
-            if not all(isinstance(of.get(name), int | float) for name in ("mean", "low", "high")):
+        for score, of in dict(scores).items():
+            if not isinstance(of, dict) or not all(_is_number(of.get(name)) for name in ("mean", "low", "high")):
                 raise ValueError(f"the score {score} has no mean, low and high")
+    for means in told["subjects"].values():
+        if not all(_is_number(mean) for mean in dict(means).values()):
+            raise ValueError("a subject's score is no number")
+    for one in told["images"]:
+        file = PurePosixPath(str(one.get("file")))
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(f"an image's file {str(file)!r} lies outside of the images folder")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def notes_of(results: Sequence[Result]) -> list[str]:

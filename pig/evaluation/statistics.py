@@ -61,7 +61,8 @@ def rate_interval(rates: Sequence[float], counts: Sequence[float], confidence: f
     effective = (
         len(of) if spread == 0 else float(np.clip(rate * (1 - rate) / spread, min(len(of), each.sum()), each.sum()))
     )
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    level = (1 + confidence) / 2
+    z = float(stats.norm.ppf(level) if spread == 0 else stats.t.ppf(level, len(of) - 1))
     middle = (rate + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z / (1 + z**2 / effective) * (rate * (1 - rate) / effective + z**2 / (4 * effective**2)) ** 0.5
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))

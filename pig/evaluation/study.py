@@ -29,6 +29,7 @@ from pig.errors import InputError, check_ranges
 from pig.evaluation.compare import named_apart, place_of
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import rate_interval
+from pig.evaluation.tables import plain
 
 PAGE = Path(__file__).with_suffix(".html")
 FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer
@@ -86,7 +87,7 @@ def study(results: list[Path], /, out: Path, pairs: int = 100, seed: int = 0, po
         pass
     finally:
         server.server_close()
-        console.print(asking.write_found(), highlight=False)
+        console.print(asking.write_found(), highlight=False, markup=False)
 
 
 class Study:
@@ -113,19 +114,19 @@ class Study:
         plan["questions"] = hashlib.sha256("".join([*self.items, *digests]).encode()).hexdigest()[:16]
         make_folder(out)
         told = json.dumps(plan, indent=1)
-        if (out / PLAN).exists() and (out / PLAN).read_text(errors="replace") != told:
+        if (out / PLAN).exists() and (out / PLAN).read_text(errors="replace", encoding="utf-8") != told:
             raise InputError(
                 f"{out} holds answers to another study, or its pictures have changed since: give another --out, or the "
                 "same results and settings"
             )
         partial = out / f"{PLAN}.tmp"
-        partial.write_text(told)
+        partial.write_text(told, encoding="utf-8")
         partial.replace(out / PLAN)
         self.lock = threading.Lock()
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
-        text = (out / ANSWERS).read_text() if (out / ANSWERS).exists() else ""
+        text = (out / ANSWERS).read_text(encoding="utf-8") if (out / ANSWERS).exists() else ""
         if text and not text.endswith("\n"):  # torn by a crash: the next answer must not continue that line
-            with (out / ANSWERS).open("a") as stream:
+            with (out / ANSWERS).open("a", encoding="utf-8") as stream:
                 stream.write("\n")
         for line in text.splitlines():
             try:
@@ -180,7 +181,7 @@ class Study:
         with self.lock:
             if (rater, item.id) in self.answers:
                 return
-            with (self.out / ANSWERS).open("a") as stream:
+            with (self.out / ANSWERS).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -210,7 +211,7 @@ class Study:
         """The win rates as a Markdown table, also written to study.md."""
         found = self.found()
         lines = [
-            f"| {self.names[0]} preferred to {self.names[1]} | win rate | 95 % interval | answers |",
+            f"| {plain(self.names[0])} preferred to {plain(self.names[1])} | win rate | 95 % interval | answers |",
             "|---|---|---|---|",
         ]
         lines += [
@@ -222,7 +223,7 @@ class Study:
             f"{found['raters']} raters, of whom {len(found['left_out'])} failed the attention checks and are left out.",
         ]
         text = "\n".join(lines)
-        (self.out / FOUND).write_text(text + "\n")
+        (self.out / FOUND).write_text(text + "\n", encoding="utf-8")
         return text
 
 

@@ -110,9 +110,9 @@ def means_table(scores: Mapping[str, Mapping[str, float]], title: str = "held-ou
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
     """`table.md`, `table.tex`, `table.csv` (all rows of all results) and `images.csv` (every image)."""
-    (out / "table.md").write_text(markdown(results), errors="backslashreplace")
-    (out / "table.tex").write_text(latex(results), errors="backslashreplace")
-    with (out / "table.csv").open("w", newline="", errors="backslashreplace") as stream:
+    (out / "table.md").write_text(markdown(results), errors="backslashreplace", encoding="utf-8")
+    (out / "table.tex").write_text(latex(results), errors="backslashreplace", encoding="utf-8")
+    with (out / "table.csv").open("w", newline="", errors="backslashreplace", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["result", "protocol", "hash", "sort", "name", "score", "mean", "low", "high"])
         for result in results:
@@ -120,7 +120,7 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
                 for score, found in scores.items():
                     line = [found["mean"], found["low"], found["high"]]
                     writer.writerow([result.name, result.protocol, result.hash, sort, name, score, *line])
-    with (out / "images.csv").open("w", newline="", errors="backslashreplace") as stream:
+    with (out / "images.csv").open("w", newline="", errors="backslashreplace", encoding="utf-8") as stream:
         kept = [name for name in TITLES if any(name in image for result in results for image in result.images)]
         columns = ["result", "subject", "prompt_index", "seed", "file", "prompt", "kind", *kept, "nearest", "copied"]
         rows = csv.DictWriter(stream, columns, extrasaction="ignore")
@@ -134,16 +134,16 @@ def markdown(results: Sequence[Result]) -> str:
     for result in results:
         names = names_of(result)
         lines += [
-            f"## {_plain(result.name)}",
+            f"## {plain(result.name)}",
             "",
-            f"Protocol `{_plain(result.protocol)}`, hash `{_plain(result.hash)}`.",
+            f"Protocol `{plain(result.protocol)}`, hash `{plain(result.hash)}`.",
             "",
         ]
         lines += [f"| | {' | '.join(TITLES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
         lines += [
-            f"| {_plain(name)} | {' | '.join(cell(scores, s) for s in names)} |" for _, name, scores in rows_of(result)
+            f"| {plain(name)} | {' | '.join(cell(scores, s) for s in names)} |" for _, name, scores in rows_of(result)
         ]
-        lines += ["", *(f"- {_plain(note)}" for note in result.notes), ""]
+        lines += ["", *(f"- {plain(note)}" for note in result.notes), ""]
     lines += [
         "## As published (DreamBooth benchmark)",
         "",
@@ -185,9 +185,9 @@ def _latex_cell(score: Score | None) -> str:
     return f"${mean}$" if score["low"] == score["high"] else f"${mean}$ {{\\scriptsize $[{low}, {high}]$}}"
 
 
-def _plain(text: str) -> str:
-    """For Markdown, whose readers take tags for HTML, and bars for columns."""
-    return " ".join(html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").split())
+def plain(text: str) -> str:
+    """For Markdown, whose readers take tags for HTML, bars for columns and brackets for links."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").replace("[", "\\[").split())
 
 
 def _escape(text: str) -> str:

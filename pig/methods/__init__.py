@@ -22,8 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pig.errors import InputError, check_named
-from pig.models.backbone import TOYWORLD, WEIGHTS, Backbone, base_digest, check_backbone, load_backbone
-from pig.sampling.pipeline import SubjectPipeline
+from pig.models.backbone import (
+    TOYWORLD,
+    WEIGHTS,
+    Backbone,
+    base_digest,
+    base_settings,
+    check_backbone,
+    load_backbone,
+)
+from pig.sampling.pipeline import METHOD_FILE, SubjectPipeline
 
 if TYPE_CHECKING:
     from pig.training.module import PersonalisationModule
@@ -98,9 +106,10 @@ def find_model(model: str | Path) -> Source:
         delta = read_delta(folder)
         return Source(delta.method, folder, delta.settings, delta.base)
     index = _read_json(folder / WHOLE, f"{model} is no model: give {FORMS}")
-    for method in METHODS:
-        if pipeline_class(method).__name__ == index.get("_class_name"):
-            return Source(method, folder, index.get("settings") or {}, index.get("base"))
+    if (folder / METHOD_FILE).is_file():
+        method = str(_read_json(folder / METHOD_FILE, "").get("method"))
+        check_named(f"the method of {folder}", method, tuple(METHODS))
+        return Source(method, folder, index.get("settings") or {}, index.get("base"))
     if index.get("_class_name") == "StableDiffusionPipeline":
         raise InputError(f"{model} is a Stable Diffusion without a method: draw with it by --model base:{model}")
     raise InputError(f"{model} is a {index.get('_class_name')}, of no method known here ({', '.join(METHODS)})")
@@ -205,13 +214,14 @@ def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -
     )
     frozen, of_base = (_frozen(one) for one in (pipeline, plain))
     other = [name for name, tensor in frozen.items() if not torch.equal(tensor.cpu().float(), of_base[name].float())]
-    if other:
-        raise InputError(f"{other[0]} is not that of the base model {base!r}: a delta would lose it; export it whole")
+    if other or type(pipeline.scheduler) is not type(plain.scheduler) or told_of(pipeline) != told_of(plain):
+        what = other[0] if other else "its scheduler, VAE configuration or tokenizer"
+        raise InputError(f"{what} is not that of the base model {base!r}: a delta would lose it; export it whole")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: (one.half() if half else one).detach().cpu().contiguous() for name, one in weights.items()}
     save_file(tensors, folder / DELTA_WEIGHTS)
     told = Delta(pipeline.method, base, origin, dict(pipeline.config.settings), pipeline.model_options())
-    (folder / DELTA).write_text(json.dumps(asdict(told), indent=1) + "\n")
+    (folder / DELTA).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
 
 
 def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
@@ -220,9 +230,14 @@ def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
         f"{part}.{name}": parameter.detach()
         for part, module in pipeline.components.items()
         if isinstance(module, torch.nn.Module)
-        for name, parameter in module.named_parameters()
+        for name, parameter in (*module.named_parameters(), *module.named_buffers())
         if id(parameter) not in trained
     }
+
+
+def told_of(pipeline: SubjectPipeline) -> str:
+    """What of a base model stands beside its weights."""
+    return base_settings(pipeline.vae, pipeline.scheduler, pipeline.tokenizer)
 
 
 def _load_delta(folder: Path) -> SubjectPipeline:

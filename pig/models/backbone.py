@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from pig import diffusion
 from pig.errors import InputError, check_named
+
+transformers_logging.disable_progress_bar()  # loading takes a moment
 
 SchedulerName = Literal["unipc", "ddim", "dpm++", "ddpm"]
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -67,10 +71,12 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
     source = resolve(name)
     try:
         backbone = Backbone(
-            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", dtype=dtype),
-            text_encoder=CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype),
+            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", dtype=dtype, use_safetensors=True),
+            text_encoder=CLIPTextModel.from_pretrained(
+                source, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+            ),
             tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
-            unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype),
+            unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype, use_safetensors=True),
             scheduler=UniPCMultistepScheduler.from_pretrained(source, subfolder="scheduler"),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -78,7 +84,8 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
         mode = "offline (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "online"
         raise InputError(
             f"cannot load the base model: tried {where} {source!r}, {mode}. It must be in diffusers' layout (vae/, "
-            f"text_encoder/, tokenizer/, unet/, scheduler/). The cause: {str(error).splitlines()[0]}"
+            "text_encoder/, tokenizer/, unet/, scheduler/), its weights in safetensors. The cause: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     check_backbone(backbone)
     return backbone
@@ -101,6 +108,13 @@ def make_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> SchedulerM
     check_named("scheduler", name, tuple(SCHEDULERS))
     kind, own = SCHEDULERS[name]
     return kind.from_config(config, **own)
+
+
+def half_on(device: str) -> torch.dtype:
+    """The fast precision of a device: bfloat16 on GPUs from Ampere on, float16 on older ones, float32 on CPUs."""
+    if not device.startswith("cuda"):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def align(module: nn.Module) -> None:
@@ -185,11 +199,23 @@ def encoders_digest(backbone: Backbone) -> str:
 
 
 def base_digest(backbone: Backbone) -> str:
-    """Changes with any weight or word of a base model: what a delta depends on."""
-    found = hashlib.sha256(encoders_digest(backbone).encode())
+    """Changes with any weight, word or setting of a base model that a picture depends on: what a delta depends on."""
+    settings = base_settings(backbone.vae, backbone.scheduler, backbone.tokenizer)
+    found = hashlib.sha256((encoders_digest(backbone) + settings).encode())
     for module in (backbone.unet, backbone.vae):
         found.update(weights_digest(module).encode())
     return found.hexdigest()
+
+
+def base_settings(vae: AutoencoderKL, scheduler: SchedulerMixin, tokenizer: CLIPTokenizer) -> str:
+    """What of a base model stands beside its weights, as JSON: noise schedule, prediction type, scaling, vocabulary."""
+    told = {
+        "scheduler": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
+        "scaling_factor": vae.config.scaling_factor,
+        "words": hashlib.sha256(str(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "length": tokenizer.model_max_length,
+    }
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -320,6 +320,6 @@ def _json(folder: str | Path, name: str) -> dict[str, Any]:
         except OSError:  # no such file or model: the loading of the weights will say so
             return {}
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from error

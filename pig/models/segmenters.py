@@ -75,7 +75,7 @@ def build_sam(size: SamSize) -> Sam:
 def save_sam(sam: Sam, size: SamSize, folder: Path) -> None:
     """`config.json` and half precision `model.safetensors`, as `load_sam` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(size), indent=1))
+    (folder / "config.json").write_text(json.dumps(asdict(size), indent=1), encoding="utf-8")
     weights = {name: weight.detach().half().contiguous() for name, weight in sam.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
 
@@ -100,7 +100,7 @@ def load_sam(name: str | Path, device: torch.device | str = "cpu") -> Sam:
             sam = sam_model_registry[kind]()
         else:
             weights = load_file(path / "model.safetensors")
-            sam = build_sam(SamSize(**json.loads((path / "config.json").read_text())))
+            sam = build_sam(SamSize(**json.loads((path / "config.json").read_text(encoding="utf-8"))))
         sam.load_state_dict(weights)
     except InputError:
         raise

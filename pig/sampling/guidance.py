@@ -17,11 +17,15 @@ def branch_weights(eta_im: float, eta_text_im: float) -> dict[str, float]:
         e_uncond + eta_im (e_im - e_uncond) + eta_text_im (e_text_im - e_im)
 
     as a weighted sum. e_uncond: no reference, no text; e_im: references, no text; e_text_im: references and text. A
-    branch that is left out has weight 0: nobody needs to compute it. The weights add up to 1. With equal etas it is
-    classifier-free guidance, of which e_im is no part.
+    branch that is left out has weight 0: nobody needs to compute it. The weights add up to 1.
     """
     weights = {"uncond": 1 - eta_im, "im": eta_im - eta_text_im, "text_im": eta_text_im}
     return {branch: weight for branch, weight in weights.items() if weight != 0}
+
+
+def classifier_free(guidance: float) -> dict[str, float]:
+    """e_uncond + guidance (e_text_im - e_uncond), as a weighted sum."""
+    return branch_weights(guidance, guidance)
 
 
 def weights_at(weights: Mapping[str, float], step: int, steps: int, settings: SamplingSettings) -> dict[str, float]:

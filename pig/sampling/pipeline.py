@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -18,6 +20,7 @@ from torch import Generator, Tensor, nn
 from pig.data.subjects import Segment
 from pig.data.transforms import reference_picture, to_images, to_tensor
 from pig.errors import InputError, check_named, check_ranges
+from pig.files import write_text
 from pig.models.backbone import (
     Backbone,
     align,
@@ -28,51 +31,31 @@ from pig.models.backbone import (
     tokenize,
     vae_scale,
 )
+from pig.sampling.call import Call, Condition
+from pig.sampling.guidance import combine, weights_at
 from pig.sampling.inpainting import KnownRegion
-from pig.sampling.loop import OnStep, Predict, denoise
+from pig.sampling.loop import OnStep, denoise
 from pig.sampling.references import Picture, ReferenceCache, cut_outs_of
 from pig.sampling.settings import SamplingSettings, controls
 
 log = logging.getLogger(__name__)
 
+METHOD_FILE = "pig.json"  # in a model folder, beside diffusers' model_index.json
 OutputType = Literal["pil", "pt", "np", "latent"]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a pipeline, checked.
-
-    prompts: P of them. references: the cut-outs (RGBA) of each prompt, equally many; none for a method that reads none.
-    scheduler: with the call's timesteps set. known: the part of a picture that stays (inpainting).
-    """
-
-    prompts: list[str]
-    references: list[list[Image.Image]]
-    class_noun: str
-    images_per_prompt: int
-    height: int
-    width: int
-    scheduler: SchedulerMixin
-    generator: Generator | list[Generator] | None
-    on_step: OnStep
-    known: KnownRegion | None = None
-
-    @property
-    def count(self) -> int:
-        """Pictures, prompt by prompt."""
-        return len(self.prompts) * self.images_per_prompt
 
 
 class SubjectPipeline(DiffusionPipeline):
     """Base of the methods' pipelines.
 
     A method registers its parts and its own defaults in `__init__` (`register`), makes itself from a base model
-    (`from_backbone`), and says how to read what a call is given (`condition`) and to predict a step (`predict`).
-    Everything else (prompts, sizes, references, inpainting, the loop, callbacks, output) stands here.
+    (`from_backbone`), and says how to read what a call is given (`condition`) and what its network predicts
+    (`branches`). Everything else (prompts, sizes, references, guidance, inpainting, the loop, callbacks, output) stands
+    here.
     """
 
     method: ClassVar[str]  # its name in the registry
+    without_references: ClassVar[Mapping[str, Any] | None] = None  # settings that promise the base model, bit for bit
     Settings: ClassVar[type[SamplingSettings]] = SamplingSettings
     reads_references: ClassVar[bool] = True
     denoiser: ClassVar[str] = "unet"  # the component that draws
@@ -100,21 +83,45 @@ class SubjectPipeline(DiffusionPipeline):
         """What the steps need of prompts and references, read once per call."""
         raise NotImplementedError
 
-    def predict(self, latents: Tensor, t: Tensor, step: int, condition: Any, settings: Any) -> Tensor:
-        """The guided prediction (B, 4, h, w) of one step; latents as the scheduler scales them for a network."""
+    def branches(
+        self, latents: Tensor, t: Tensor, step: int, names: Sequence[str], condition: Any, settings: Any
+    ) -> Tensor:
+        """The predictions of one step, (len(names) B, 4, h, w): those of the first branch, then of the next, ...
+
+        Args:
+            latents: (B, 4, h, w), as the scheduler scales them for a network.
+            names: of the branches: `uncond` (no references, no text), `im` (references), `text_im` (both).
+        """
         raise NotImplementedError
+
+    def weights(self, step: int, condition: Any, settings: Any) -> Mapping[str, float]:
+        """Of the branches in a step, within the guidance interval."""
+        return condition.weights
+
+    def predict(self, latents: Tensor, t: Tensor, step: int, condition: Any, settings: Any) -> Tensor:
+        """The guided prediction (B, 4, h, w) of one step."""
+        weights = weights_at(self.weights(step, condition, settings), step, condition.steps, settings)
+        predicted = self.branches(latents, t, step, list(weights), condition, settings)
+        return combine(dict(zip(weights, predicted.chunk(len(weights)), strict=True)), weights, settings)
 
     def draw(self, noise: Tensor, call: Call, condition: Any, settings: Any) -> Tensor:
         """Latents (B, 4, h, w) of the pictures from standard normal noise; by default one run of the loop."""
+        return self.denoise(noise * call.scheduler.init_noise_sigma, call, condition, settings)
+
+    def denoise(self, latents: Tensor, call: Call, condition: Any, settings: Any, *, first: int = 0) -> Tensor:
+        """One run of the loop from step `first` on, with a scheduler of its own (some remember their last run), the
+        call's callback and a progress bar. A method may run it as often as it likes.
+
+        latents: (B, 4, h, w), at the noise level of that step.
+        """
+        scheduler = copy.deepcopy(call.scheduler)
+        timesteps = scheduler.timesteps[first:]
+        if first and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
 
         def predict(latents: Tensor, t: Tensor, step: int) -> Tensor:
-            return self.predict(latents, t, step, condition, settings)
+            return self.predict(latents, t, first + step, condition, settings)
 
-        latents = noise * call.scheduler.init_noise_sigma
-        return self.denoise(predict, latents, call.scheduler.timesteps, call)
-
-    def denoise(self, predict: Predict, latents: Tensor, timesteps: Tensor, call: Call) -> Tensor:
-        """One run of the loop over these timesteps, with the call's scheduler, callback and progress bar."""
         with self.progress_bar(total=len(timesteps)) as bar:
 
             def on_step(step: int, t: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
@@ -124,7 +131,7 @@ class SubjectPipeline(DiffusionPipeline):
             return denoise(
                 predict,
                 latents,
-                call.scheduler,
+                scheduler,
                 timesteps,
                 generator=call.generator,
                 known=call.known,
@@ -147,6 +154,11 @@ class SubjectPipeline(DiffusionPipeline):
         self.Settings.given(self.config.settings, {})
         self.reference_cache: ReferenceCache | None = None
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """diffusers' own, and which method the folder is of."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_text(Path(save_directory) / METHOD_FILE, json.dumps({"method": self.method}) + "\n")
+
     def settings(self, **named: Any) -> Any:
         """The settings of a call that names these: the rest as the model has it.
 
@@ -161,7 +173,7 @@ class SubjectPipeline(DiffusionPipeline):
         prompt: str | Sequence[str],
         references: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
         *,
-        class_noun: str = "",
+        class_noun: str | Sequence[str] = "",
         segment: Segment | None = None,
         image: Image.Image | None = None,
         mask_image: Image.Image | None = None,
@@ -185,7 +197,7 @@ class SubjectPipeline(DiffusionPipeline):
                 (`[(picture, mask)]`; a tuple in the place of a list is a list). The object is found by the
                 picture's own alpha, else by its mask (of a file, by `NAME.mask.png`), else by `segment`; without any
                 of them the whole picture is taken.
-            class_noun: what the references show.
+            class_noun: what the references show; or one for each prompt.
             segment: see `pig.models.foreground.make_segmenter`.
             image, mask_image: inpainting: draw only where the mask is white; see `KnownRegion`.
             height, width: in pixels; by default what the base model was trained at, or the size of `image`.
@@ -225,22 +237,27 @@ class SubjectPipeline(DiffusionPipeline):
         shape = (count, self._unet.config.in_channels, height // factor, width // factor)
         if latents is not None and tuple(latents.shape) != shape:
             raise InputError(f"latents must be {shape} for these pictures, got {tuple(latents.shape)}")
+        if isinstance(generator, list) and len(generator) != count:
+            raise InputError(f"{len(generator)} generators for {count} pictures: give one for each, or one for all")
         noise = latents
         if noise is None:
             noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._unet.dtype)
         noise = noise.to(self._execution_device, self._unet.dtype)
         known = None if image is None or mask_image is None else KnownRegion(self.vae, image, mask_image, noise)
+        nouns = [class_noun] * len(prompts) if isinstance(class_noun, str) else list(class_noun)
+        if len(nouns) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts but {len(nouns)} class nouns")
         call = Call(
-            prompts,
-            cutouts,
-            class_noun,
-            num_images_per_prompt,
-            height,
-            width,
-            scheduler,
-            generator,
-            self._step_handler(callback_on_step_end),
-            known,
+            prompts=prompts,
+            references=cutouts,
+            class_nouns=nouns,
+            images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            scheduler=scheduler,
+            generator=generator,
+            on_step=self._step_handler(callback_on_step_end),
+            known=known,
         )
         self._interrupt = False
         drawn = self.draw(noise, call, self.condition(call, chosen), chosen)
@@ -262,6 +279,21 @@ class SubjectPipeline(DiffusionPipeline):
         limit = self.tokenizer.model_max_length - 2  # the begin and the end
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return self.tokenizer.decode(ids[limit:])
+
+    def encode_prompts(self, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
+        """The text of each branch, (B, L, D): empty (or the negative prompt), but where the prompt is followed."""
+        text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
+        empty = self.encode_text([settings.negative_prompt]).expand_as(text)
+        return {"uncond": empty, "im": empty, "text_im": text}
+
+    @staticmethod
+    def stacked(
+        latents: Tensor, t: Tensor, names: Sequence[str], condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, t and text of some branches as one batch."""
+        count = len(names) * len(latents)
+        text = torch.cat([condition.text[name] for name in names])
+        return latents.repeat(len(names), 1, 1, 1), t.expand(count), text
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(N, L, D)"""

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -27,8 +28,23 @@ def as_cutout(picture: Picture, segment: Segment | None) -> Image.Image:
     """RGBA, from any of the forms that a reference may have."""
     if isinstance(picture, str | Path):
         return load_cutout(Path(picture), segment)
-    image, mask = picture if isinstance(picture, tuple) else (picture, None)
-    return find_object(image, mask, segment, noun="")
+    if not isinstance(picture, tuple):
+        return find_object(picture, None, segment, noun="")
+    if len(picture) != 2 or not all(isinstance(one, Image.Image) for one in picture) or not is_grey(picture[1]):
+        raise InputError(
+            "a tuple within a list of references is a picture and its mask, which is grey, both PIL; for several "
+            "references of a prompt give a list of lists"
+        )
+    return find_object(*picture, segment, noun="")
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether a picture may be meant as a mask: no colour where it is not transparent."""
+    if image.mode in ("1", "L", "LA", "I", "I;16", "F"):
+        return True
+    array = np.asarray(image.convert("RGBA")).astype(int)
+    shown = array[array[..., 3] > 0][:, :3]
+    return bool((np.ptp(shown, axis=1) <= 8).all()) if len(shown) else True
 
 
 def cut_outs_of(prompts: Sequence[str], references: Any, segment: Segment | None) -> list[list[Image.Image]]:

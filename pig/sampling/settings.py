@@ -67,19 +67,19 @@ class SamplingSettings:
             if one.choices:
                 check_named(one.name, value, one.choices)
                 continue
+            if value is None and one.optional:
+                continue
             if one.kind in (int, float):
                 low, high = one.range
                 if isinstance(value, bool) or not isinstance(value, one.kind | int):
                     wanted = "a whole number" if one.kind is int else "a number"
                     raise InputError(f"{one.name} must be {wanted}, got {value!r}")
                 check_ranges(**{one.name: (value, low, high)})
-            elif one.kind is str and not isinstance(value, str):
-                raise InputError(f"{one.name} must be a text, got {value!r}")
-        interval = tuple(self.guidance_interval)
-        if len(interval) != 2:
-            raise InputError(f"guidance_interval is two shares of the steps, got {list(interval)}")
-        check_ranges(guidance_interval=(interval[0], 0, interval[1]), guidance_interval_end=(interval[1], 0, 1))
-        object.__setattr__(self, "guidance_interval", interval)
+            elif one.kind in (str, bool) and not isinstance(value, one.kind):
+                wanted = "a text" if one.kind is str else "true or false"
+                raise InputError(f"{one.name} must be {wanted}, got {value!r}")
+            elif one.kind is tuple:
+                object.__setattr__(self, one.name, _pair(one.name, value))
 
     @classmethod
     def given(cls, model: Mapping[str, Any], call: Mapping[str, Any]) -> Self:
@@ -90,6 +90,9 @@ class SamplingSettings:
         """
         known = {name: one.name for one in controls(cls) for name in (one.name, one.alias) if name}
         named = {name: value for name, value in call.items() if value is not None}
+        for one in controls(cls):
+            if one.alias in named and one.name in named:
+                raise InputError(f"{one.name} and {one.alias} are the same control: give one of them")
         for name in {*named, *model} - known.keys():
             raise InputError(
                 f"{name!r} is no control of this method; it has: {', '.join(dict.fromkeys(known.values()))}"
@@ -101,14 +104,26 @@ class SamplingSettings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    """Two shares of the steps, the first not above the second."""
+    try:
+        low, high = (float(one) for one in value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is two shares of the steps, got {value!r}") from error
+    check_ranges(**{name: (low, 0, high), f"{name}_end": (high, 0, 1)})
+    return low, high
+
+
 @dataclass(frozen=True)
 class Control:
-    """What is known of one control. kind: `int`, `float`, `str`, `bool` or `tuple`; choices: of a `Literal`."""
+    """What is known of one control. kind: `int`, `float`, `str`, `bool` or `tuple` (of two numbers); choices: of a
+    `Literal`; optional: it may be None."""
 
     name: str
     kind: type
     default: Any
     choices: tuple[Any, ...]
+    optional: bool
     range: tuple[float, float]
     slider: tuple[float, float]
     alias: str | None
@@ -126,19 +141,21 @@ def _controls(settings: Any) -> tuple[Control, ...]:
     hints = get_type_hints(settings)
     found = []
     for field in dataclasses.fields(settings):
-        kind, choices = hints[field.name], ()
+        kind, optional = hints[field.name], False
         if get_origin(kind) in (Union, types.UnionType):
-            (kind,) = (one for one in get_args(kind) if one is not type(None))
-            choices = (None, *get_args(kind))
-        elif get_origin(kind) is Literal:
-            choices = get_args(kind)
+            (kind,), optional = (one for one in get_args(kind) if one is not type(None)), True
+        choices = ((None,) if optional else ()) + get_args(kind) if get_origin(kind) is Literal else ()
+        kind = type(choices[-1]) if choices else get_origin(kind) or kind
+        if kind not in (int, float, str, bool, tuple):
+            raise TypeError(f"{settings.__name__}.{field.name}: no control can be a {kind}")
         limits = field.metadata["range"]
         found.append(
             Control(
                 name=field.name,
-                kind=str if choices else get_origin(kind) or kind,
+                kind=kind,
                 default=field.default,
                 choices=choices,
+                optional=optional,
                 range=limits,
                 slider=field.metadata["slider"] or limits,
                 alias=field.metadata["alias"],

@@ -24,6 +24,7 @@ from pig.toyworld.stages.dino import DINOStage
 from pig.toyworld.stages.sam import SAMStage
 from pig.toyworld.stages.unet import UNetStage
 from pig.toyworld.stages.vae import VAEStage
+from pig.training.checkpoints import WholeCheckpoints
 
 
 def make_stage(name: str, out: Path) -> Stage:
@@ -55,6 +56,7 @@ def train(stage: Stage, name: str, out: Path, work: Path) -> None:
         precision="bf16-mixed",
         gradient_clip_val=1.0,
         logger=CSVLogger(work, name=name),
+        plugins=[WholeCheckpoints()],
         accelerator="auto",
         devices=1,
         callbacks=[

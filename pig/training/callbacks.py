@@ -124,7 +124,13 @@ class SubjectSamples(Callback):
             references = subject.references(self.references)
             generator = torch.Generator().manual_seed(job.seed)
             with trainer.precision_plugin.forward_context():
-                image = pipeline(job.prompt, references, generator=generator, num_inference_steps=self.steps).images[0]
+                image = pipeline(
+                    job.prompt,
+                    references,
+                    class_noun=subject.class_noun,
+                    generator=generator,
+                    num_inference_steps=self.steps,
+                ).images[0]
             real = [load_image(path) for path in subject.images]
             scores.update(index, [image], [job.prompt], real)
             rows.append([*references, image])

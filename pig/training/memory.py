@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from pig.data.modules import PersonalisationData, largest_share
+from pig.data.loading import largest_share
+from pig.data.modules import PersonalisationData
 from pig.data.schema import Batch
 from pig.models.backbone import vae_scale
 from pig.training.callbacks import EMA

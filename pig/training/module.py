@@ -191,7 +191,8 @@ class PersonalisationModule(MicroBatchedModule):
     def predict_step(self, job: Job, batch_idx: int) -> Image.Image:
         """Draw a subject under a prompt, from all its pictures, with the method's own sampling."""
         generator = torch.Generator().manual_seed(job.seed)
-        return self.pipeline()(job.prompt, job.subject.references(), generator=generator).images[0]
+        given: dict[str, Any] = {"class_noun": job.subject.class_noun, "generator": generator}
+        return self.pipeline()(job.prompt, job.subject.references(), **given).images[0]
 
     # -- what the frozen parts make of a batch ------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pig.data.modules import largest_share
+from pig.data.loading import largest_share
 from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.training.optimizers import OptimizerName, lay_out

@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks import ablations
 from pig import cli, demo
+from pig.commands.fit import CLI
 from pig.data.modules import TripletDataModule
 from pig.methods.bootpig import BootPIG
 from pig.models.backbone import WEIGHTS
@@ -33,9 +34,9 @@ BELOW = {
 HERE = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--model.base=toyworld"]
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> cli.CLI:
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> CLI:
     monkeypatch.setattr(sys, "argv", ["pig.cli", *arguments])
-    return cli.CLI(run=False)
+    return CLI(run=False)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pig.data.modules import ResumableLoader, TripletDataModule, TripletDataset
+from pig.data.loading import ResumableLoader, TripletDataset
+from pig.data.modules import TripletDataModule
 from pig.data.shards import BadSampleError, decode_triplet, find_shards, read_shard
 from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from pig import methods
+from pig import cli, methods
 from pig.commands.export import export
 from pig.data.modules import TripletDataModule
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.evaluation.benchmark import evaluate
 from pig.methods import METHODS, load_module, load_pipeline, pipeline_class
+from pig.models.backbone import SCHEDULERS
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.module import PersonalisationModule
 
 TOY = "toy_method"  # of this folder: what CONTRIBUTING's recipe gives
-TRAINED = [*(name for name in METHODS if name != "base"), TOY]
+TRAINED = [*(name for name in METHODS if hasattr(import_module(METHODS[name]), "Module")), TOY]
 PROMPTS = ["a photo of a mug, on a beach", "a photo of a mug, in space"]
-# What switches a method's references off, where it promises the plain base model then.
-OFF: dict[str, dict[str, Any]] = {"bootpig": {"strength": 0.0}}
+PROMISING = [name for name in METHODS if pipeline_class(name).without_references is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -138,14 +140,104 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch(cutouts, method) -> No
     assert not torch.allclose(one[0], one[1])
 
 
-@pytest.mark.parametrize("method", OFF)
+@pytest.mark.parametrize("method", PROMISING)
 def test_without_references_the_plain_base_model(cutouts, method) -> None:
     base = load_pipeline("base:toyworld", "cpu")
-    pipeline = make_module(method).pipeline()
+    pipeline = base if method == "base" else make_module(method).pipeline()
     common = {"text_guidance": 3.0, "generator": seeds(1)}
     expected = draw(base, PROMPTS[0], [], **common)
     common["generator"] = seeds(1)
-    assert torch.equal(draw(pipeline, PROMPTS[0], cutouts, **common, **OFF[method]), expected)
+    assert torch.equal(draw(pipeline, PROMPTS[0], cutouts, **common, **pipeline.without_references), expected)
+
+
+@pytest.mark.parametrize("method", [*METHODS, TOY])
+def test_every_sampler_may_run_twice_and_in_part(cutouts, method) -> None:
+    """`denoise` begins afresh each time, whatever the sampler remembers of its last run, and counts its steps on."""
+    pipeline = load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
+    for scheduler in SCHEDULERS:
+        seen: list[tuple[int, int]] = []
+        given = {"num_inference_steps": 4, "scheduler": scheduler, "output_type": "latent"}
+        draw_, branches = pipeline.draw, pipeline.branches
+
+        def twice(noise, call, condition, settings, draw_=draw_, seen=seen):
+            first = draw_(noise, call, condition, settings)
+            seen.clear()
+            return pipeline.denoise(first, call, condition, settings, first=2)
+
+        def watched(latents, t, step, *rest, branches=branches, seen=seen):
+            seen.append((step, int(t)))
+            return branches(latents, t, step, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "draw", twice)
+            patch.setattr(pipeline, "branches", watched)
+            pipeline.set_progress_bar_config(disable=True)
+            found = pipeline(PROMPTS[0], cutouts, generator=seeds(1), **given).images
+        assert found.isfinite().all()
+        timesteps = pipeline.scheduler_of(pipeline.settings(num_inference_steps=4, scheduler=scheduler)).timesteps
+        assert seen == [(2, int(timesteps[2])), (3, int(timesteps[3]))], scheduler
+
+
+@pytest.mark.parametrize("method", [*METHODS, TOY])
+def test_shared_controls_reach_the_picture(cutouts, method) -> None:
+    pipeline = load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
+    usual = draw(pipeline, PROMPTS[0], cutouts, generator=seeds(1), text_guidance=3.0)
+    for change in (
+        {"text_guidance": 5.0},
+        {"guidance_scale": 5.0},
+        {"negative_prompt": "a red car"},
+        {"guidance_rescale": 0.8},
+        {"guidance_interval": (0.9, 1.0)},
+        {"scheduler": "ddim"},
+    ):
+        given = {"text_guidance": 3.0, **change}
+        if "guidance_scale" in change:
+            del given["text_guidance"]
+        assert not torch.equal(draw(pipeline, PROMPTS[0], cutouts, generator=seeds(1), **given), usual), change
+    for wrong, message in (
+        ({"generator": seeds(1, 2)}, "2 generators for 1 pictures"),
+        ({"class_noun": ["a", "b"]}, "1 prompts but 2 class nouns"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents must be"),
+        ({"text_guidance": 3.0, "guidance_scale": 5.0}, "are the same control"),
+        ({"guidance_interval": 1.0}, "two shares of the steps"),
+        ({"callback_on_step_end_tensor_inputs": ["text"]}, "`latents` and nothing else"),
+        ({"output_type": "jpg"}, "output_type 'jpg' is none of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline(PROMPTS[0], cutouts, **wrong)
+
+
+def test_the_recipe_from_the_command_line(toy_data, tmp_path, monkeypatch, capsys) -> None:
+    """fit with the memory table, validation scores and samples, all of a method that the house has never heard of."""
+    config = tmp_path / "toy_method.yaml"
+    config.write_text(
+        f"""
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  val_check_interval: 2
+  num_sanity_val_steps: 0
+  default_root_dir: {tmp_path}
+  callbacks:
+    - class_path: pig.training.callbacks.EMA
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: "{tmp_path}/kept", filename: two, every_n_train_steps: 2}}
+    - class_path: pig.training.callbacks.SubjectSamples
+      init_args: {{subjects: "{toy_data}/subjects", clip: toyworld, dino: toyworld, max_subjects: 1, steps: 1}}
+model:
+  class_path: toy_method.Module
+  init_args: {{base: toyworld}}
+data:
+  class_path: pig.data.modules.TripletDataModule
+  init_args: {{shards: "{toy_data}/triplets", val_shards: "{toy_data}/val", batch_size: 4, resolution: 64}}
+"""
+    )
+    monkeypatch.setattr(sys, "argv", ["pig.cli", "fit", "--config", str(config), "--print-memory"])
+    cli.main()
+    assert "memory in each process" in capsys.readouterr().out
+    assert list(tmp_path.rglob("samples/*.png"))
+    module = load_module(tmp_path / "kept/two.ckpt")
+    assert module.method == TOY
 
 
 @pytest.mark.parametrize("method", [*METHODS, TOY])

@@ -14,7 +14,8 @@ from PIL import Image
 from pig.commands.export import export
 from pig.errors import InputError
 from pig.methods import find_model, load_module, load_pipeline
-from pig.models.backbone import WEIGHTS
+from pig.methods.bootpig import BootPIGPipeline
+from pig.models.backbone import WEIGHTS, make_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,12 @@ def test_exports_that_cannot_be(tmp_path) -> None:
             export(tmp_path / "out", **given)
     with pytest.raises(InputError, match="only a model that was trained here has a delta"):
         export(tmp_path / "out", model="base:toyworld", delta=True)
+    with pytest.raises(InputError, match="--half is for --delta"):
+        export(tmp_path / "out", model="toyworld", half=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").touch()
+    with pytest.raises(InputError, match="holds something else than a model"):
+        export(tmp_path / "photos", model="toyworld")
     torch.save({"pig_method": "other", "state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="no checkpoint of a method known here"):
         load_module(tmp_path / "other.ckpt")
@@ -103,3 +110,27 @@ def test_half_a_delta(tmp_path) -> None:
     again = tmp_path / "half/delta.safetensors"
     assert again.read_bytes() == (WEIGHTS / "bootpig/delta.safetensors").read_bytes() or again.stat().st_size < 15.2e6
     assert (tmp_path / "half/delta.json").read_text() == (WEIGHTS / "bootpig/delta.json").read_text()
+
+
+def test_an_export_replaces_the_earlier_model_wholly(tmp_path) -> None:
+    export(tmp_path / "model", model="toyworld", delta=True)
+    export(tmp_path / "model", model="base:toyworld")
+    assert find_model(tmp_path / "model").method == "base"
+    assert not (tmp_path / "model/delta.safetensors").exists()
+    export(tmp_path / "model", model="toyworld", delta=True)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["delta.json", "delta.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_delta_is_not_made_of_another_scheduler(tmp_path) -> None:
+    pipe = embedded()
+    pipe.register_modules(scheduler=make_scheduler("ddim", pipe.scheduler.config))
+    pipe.save_pretrained(tmp_path / "ddim")
+    with pytest.raises(InputError, match="its scheduler, VAE configuration or tokenizer is not that of the base model"):
+        export(tmp_path / "out", model=str(tmp_path / "ddim"), delta=True)
+
+
+def test_a_folder_by_diffusers_own_loader(tmp_path) -> None:
+    embedded().save_pretrained(tmp_path)
+    again = BootPIGPipeline.from_pretrained(tmp_path)
+    assert again.settings().text_guidance == 1.5

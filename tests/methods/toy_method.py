@@ -1,4 +1,4 @@
-"""A method in 60 lines, as CONTRIBUTING describes it: the mean colour of the references as one more word of the prompt.
+"""A whole method, as CONTRIBUTING describes it: the mean colour of the references as one more word of the prompt.
 
 The test registers it by one line; everything else (training, sampling, export, scores) is the house's.
 """
@@ -11,7 +11,8 @@ from diffusers.configuration_utils import register_to_config
 
 from pig import diffusion
 from pig.models.backbone import latent_shape, sent
-from pig.sampling.guidance import branch_weights, combine
+from pig.sampling.call import Condition
+from pig.sampling.guidance import classifier_free
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.module import PersonalisationModule
 
@@ -47,15 +48,12 @@ class Pipeline(SubjectPipeline):
 
     def condition(self, call, settings):
         latents = [self.encode_references(one, self.native_size)[None] for one in call.references]
-        tokens = torch.cat([self.colour(one) for one in latents])
-        text, empty = self.encode_text(call.prompts), self.encode_text([settings.negative_prompt])
-        both = torch.cat([torch.cat([one.expand_as(text), tokens], 1) for one in (empty, text)])
-        return both.unflatten(0, (2, -1)).repeat_interleave(call.images_per_prompt, 1).flatten(0, 1)
+        tokens = torch.cat([self.colour(one) for one in latents]).repeat_interleave(call.images_per_prompt, 0)
+        text = {name: torch.cat([one, tokens], 1) for name, one in self.encode_prompts(call, settings).items()}
+        return Condition(text, classifier_free(settings.text_guidance), len(call.scheduler.timesteps))
 
-    def predict(self, latents, t, step, condition, settings):
-        e, e_text = self.unet(latents.repeat(2, 1, 1, 1), t, condition).sample.chunk(2)
-        weights = branch_weights(settings.text_guidance, settings.text_guidance)
-        return combine({"uncond": e, "text_im": e_text}, weights, settings)
+    def branches(self, latents, t, step, names, condition, settings):
+        return self.unet(*self.stacked(latents, t, names, condition)).sample
 
 
 class Module(PersonalisationModule):

@@ -24,11 +24,14 @@ from trying import TOY, data_gen_photos, photographs, refused
 
 from data_gen.samples import read_samples
 from pig import cli
+from pig.attention import merged
 from pig.attention.merged import lse_kernel, plain_with_lse
 from pig.data.shards import find_shards, shard_name, stats_path
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.evaluation.compare import compare
+from pig.evaluation.results import Result
+from pig.evaluation.study import Study
 from pig.models.foreground import make_segmenter
 from pig.sampling.references import free_memory
 
@@ -80,6 +83,10 @@ def test_14_a_foreign_result_puts_nothing_into_a_page(toy_data, tmp_path) -> Non
         ("images", [{**good["images"][0], "key": "../../etc/passwd"}]),
         ("images", "none"),
         ("scores", {"dino": {"mean": script}}),
+        ("scores", {"dino": 5}),
+        ("bounds", {"other": {}}),
+        ("subjects", {"mug_006": {"dino": script}}),
+        ("images", [{**good["images"][0], "file": "../../secret.png"}]),
     ):
         put(**{name: value})
         with pytest.raises(InputError, match="is no result of this version's `evaluate`"):
@@ -90,6 +97,12 @@ def test_14_a_foreign_result_puts_nothing_into_a_page(toy_data, tmp_path) -> Non
         text = (tmp_path / "both" / file).read_text()
         assert script not in text
         assert "alert(1)" in text
+    told = Result.read(tmp_path / "b")
+    told.name = f"{script} [/red] ![x](http://h/)"
+    asking = Study(Result.read(tmp_path / "a"), told, tmp_path / "study", pairs=2)
+    text = asking.write_found()
+    assert script not in text
+    assert "![x](" not in text
 
 
 @pytest.mark.parametrize("key", ["../../../ESCAPED", "/etc/x", "a/b", "", "a b", 7])
@@ -97,6 +110,16 @@ def test_15_a_samples_key_is_no_path(tmp_path, key) -> None:
     row = {"key": key, "caption": "a mug", "object": "mug", "seed": 1}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match="a key is letters, digits, _ and -"):
+        read_samples(tmp_path)
+
+
+def test_15_keys_and_seeds_are_told_apart(tmp_path) -> None:
+    rows = [{"key": "a", "caption": "a mug", "object": "mug", "seed": seed} for seed in (1, 2)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="the key 'a' stands twice"):
+        read_samples(tmp_path)
+    (tmp_path / "samples.jsonl").write_text(json.dumps({**rows[0], "seed": 5 + 2**32}) + "\n")
+    with pytest.raises(InputError, match="below 2\\^32"):
         read_samples(tmp_path)
 
 
@@ -132,7 +155,7 @@ def test_18_memory_that_the_allocator_holds_free_counts_as_free(monkeypatch) -> 
     assert free_memory(torch.device("cpu")) > 2**20
 
 
-def test_19_attention_with_log_sums_on_any_device() -> None:
+def test_19_attention_with_log_sums_on_any_device(monkeypatch) -> None:
     half, bf16, full = torch.float16, torch.bfloat16, torch.float32
     assert [lse_kernel("cuda", dtype, (9, 0)) for dtype in (half, bf16, full)] == ["flash", "flash", "efficient"]
     assert [lse_kernel("cuda", dtype, (7, 5)) for dtype in (half, bf16, full)] == ["efficient", "plain", "efficient"]
@@ -141,6 +164,10 @@ def test_19_attention_with_log_sums_on_any_device() -> None:
     q, k, v = (torch.randn(2, 3, n, 8, generator=generator) for n in (5, 7, 7))
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     torch.testing.assert_close(plain_with_lse(q, k, v), (o, lse))
+    with monkeypatch.context() as patch:  # what is chosen is what runs
+        patch.setattr(merged, "lse_kernel", lambda *_: "plain")
+        patch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+        torch.testing.assert_close(merged.attend_with_lse(q, k, v), (o, lse))
     found, _ = plain_with_lse(q.half(), k.half(), v.half())
     torch.testing.assert_close(found.float(), o, atol=5e-3, rtol=0)
 
@@ -149,14 +176,20 @@ def test_20_statistics_of_shards_behind_commands_and_queries(tmp_path, toy_data)
     for tar, stats in {
         "a/train-0.tar": "a/train-0_stats.json",
         "pipe:aws s3 cp s3://b/x.tar -": "pipe:aws s3 cp s3://b/x_stats.json -",
-        "pipe:curl -s 'https://h/x.tar?sig=a.tar'": "pipe:curl -s 'https://h/x.tar?sig=a_stats.json'",
+        "pipe:curl -s 'https://h/x.tar?sig=a.tar'": "pipe:curl -s 'https://h/x_stats.json?sig=a.tar'",
+        "pipe:cat x.tar | tee copy.tar": "pipe:cat x_stats.json | tee copy.tar",
+        "pipe:cat x.tar>&1;": "pipe:cat x_stats.json>&1;",
+        "https://h/a/x.tar?name=y.tar": "https://h/a/x_stats.json?name=y.tar",
+        "/d/a 0.tar": "/d/a 0_stats.json",
+        "bob's.tar": "bob's_stats.json",
         "https://h/x.tar?sig=1#part": "https://h/x_stats.json?sig=1#part",
         "/data.tar/b/x.tar": "/data.tar/b/x_stats.json",
     }.items():
-        if "sig=a.tar" not in tar:
-            assert stats_path(tar) == stats
+        assert stats_path(tar) == stats
     assert shard_name("pipe:aws s3 cp s3://b/x.tar -") == "x.tar"
     assert shard_name("https://h/x.tar?sig=1") == "x.tar"
+    assert shard_name("/d/a 0.tar") == "a 0.tar"
+    assert len(find_shards(f"{toy_data}/triplets/*")[0]) == 4  # what else lies there is left out
     with pytest.raises(InputError, match="must end in .tar"):
         stats_path("pipe:cat x")
     whole, _ = find_shards(f"pipe:cat {toy_data}/triplets/train-000000.tar")

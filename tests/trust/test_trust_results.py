@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import config_for
 from conftest import QUIET, embedded
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from trying import TOY, data_gen_photos, photographs, refused
 
 from data_gen.__main__ import run as data_gen
+from data_gen.config import settle
 from data_gen.toyworld import draw_subjects, draw_triplets
-from pig import cli, diffusion
+from pig.commands.fit import CLI, diffusion
 from pig.data import modules
 from pig.data.images import forget, read_manifest
 from pig.data.modules import TripletDataModule
@@ -99,11 +102,11 @@ def test_3_seed_everything_is_the_seed_of_the_data(toy_data, tmp_path, monkeypat
     for seed in (0, 1, 1):
         words = [f"--config={TOY}", f"--run={tmp_path}", f"--seed_everything={seed}", "--trainer.accelerator=cpu"]
         monkeypatch.setattr(sys, "argv", ["pig.cli", *words, f"--data.shards={toy_data}/triplets"])
-        batch = next(iter(cli.CLI(run=False).datamodule.train_dataloader()))
+        batch = next(iter(CLI(run=False).datamodule.train_dataloader()))
         found.append((batch.keys, batch.seeds.tolist()))
     assert found[0] != found[1] == found[2]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--data.seed=7"])  # who names it has it
-    assert cli.CLI(run=False).datamodule.seed == 7
+    assert CLI(run=False).datamodule.seed == 7
 
 
 def test_4_seeds_that_torch_cannot_tell_apart_are_refused(toy_data, tmp_path, monkeypatch, capsys) -> None:
@@ -125,6 +128,9 @@ def test_5_a_tuple_of_references_is_a_list_of_references(toy_data) -> None:
     assert torch.equal(draw((one, two)), draw([one, two]))
     paths = read_subjects(toy_data / "subjects")[6].images[:2]
     assert torch.equal(draw(tuple(paths)), draw(list(paths)))
+    for wrong in ([(one, two)], [paths], [(one,)]):  # which of them would be meant as a mask?
+        with pytest.raises(InputError, match="is a picture and its mask, which is grey"):
+            draw(wrong)
     masked = draw([(one.convert("RGB"), one.getchannel("A"))])  # within a list: a picture and its mask
     assert not torch.equal(masked, draw([one.convert("RGB")]))
 
@@ -146,9 +152,10 @@ def test_6_a_unanimous_rate_has_an_interval() -> None:
     assert low == 0.0
     assert 0.1 < high < 0.2
     rng = np.random.default_rng(0)
-    rates = [rng.binomial(6, rng.beta(6, 4, 12)) / 6 for _ in range(400)]
-    covered = [low <= 0.6 <= high for low, high in (rate_interval(one.tolist(), [6] * 12) for one in rates)]
-    assert 0.91 < np.mean(covered) < 0.99
+    for subjects, answers in ((5, 20), (5, 50), (12, 6), (30, 4)):
+        rates = [rng.binomial(answers, rng.beta(6, 4, subjects)) / answers for _ in range(600)]
+        found = (rate_interval(one.tolist(), [answers] * subjects) for one in rates)
+        assert 0.92 < np.mean([low <= 0.6 <= high for low, high in found]) < 0.995, (subjects, answers)
 
 
 @pytest.mark.parametrize("kind", [WholeCheckpoints, AsyncCheckpoints])
@@ -192,14 +199,13 @@ def test_7_every_training_uses_it(toy_data, tmp_path) -> None:
 
 
 class Cut(http.server.SimpleHTTPRequestHandler):
-    """Ends the second tar of a folder in the middle, as a dropped connection does."""
+    """Ends the second tar of a folder early, as a dropped connection does."""
 
-    dropping = True
+    at: int | None = None  # bytes; None: whole
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         content = source.read()
-        cut = self.dropping and self.path.endswith("000001.tar")
-        outputfile.write(content[: len(content) // 2] if cut else content)
+        outputfile.write(content[: self.at] if self.path.endswith("000001.tar") else content)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -216,14 +222,19 @@ def served(toy_data) -> Iterator[str]:
     server.shutdown()
 
 
-def test_8_encode_finishes_no_shard_that_was_cut(served, tmp_path, monkeypatch) -> None:
+def test_8_encode_finishes_no_shard_that_was_cut(served, toy_data, tmp_path, monkeypatch) -> None:
+    """Wherever it was cut: in the middle, between two members of the last sample, in a header, or in the padding."""
     shards = f"{served}/train-{{000000..000001}}.tar"
     command = ["encode", shards, "--base=toyworld", f"--out={tmp_path}", "--resolution=64"]
-    monkeypatch.setattr(Cut, "dropping", True)
-    with pytest.raises(InputError, match=r"train-000001.tar, sample \d+: the tar is torn.*start again to go on"):
-        data_gen(command)
-    assert [path.name for path in sorted(tmp_path.glob("*_stats.json"))] == ["train-000000_stats.json"]
-    monkeypatch.setattr(Cut, "dropping", False)
+    with tarfile.open(toy_data / "triplets/train-000001.tar") as tar:
+        members = tar.getmembers()
+    for at in (members[20].offset, members[-1].offset, members[-1].offset + 100, members[-1].offset_data + 10_000_000):
+        size = (toy_data / "triplets/train-000001.tar").stat().st_size
+        monkeypatch.setattr(Cut, "at", min(at, size - 600))
+        with pytest.raises(InputError, match=r"train-000001.tar.*torn.*start again to go on"):
+            data_gen(command)
+        assert [path.name for path in sorted(tmp_path.glob("*_stats.json"))] == ["train-000000_stats.json"]
+    monkeypatch.setattr(Cut, "at", None)
     data_gen(command)
     counts = [json.loads(path.read_text())["count"] for path in sorted(tmp_path.glob("*_stats.json"))]
     assert counts == [24, 24]
@@ -251,6 +262,14 @@ def test_10_triplets_of_other_arguments_are_refused(tmp_path) -> None:
         with pytest.raises(InputError, match=f"{next(iter(other))} was"):
             draw_triplets(tmp_path / "a", **given)
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    own = tmp_path / "own"  # somebody's photographs
+    own.mkdir()
+    (own / "prompts_and_classes.txt").write_text("mine")
+    with pytest.raises(InputError, match="made otherwise"):
+        draw_subjects(own, 2, 64)
+    assert (own / "prompts_and_classes.txt").read_text() == "mine"
+    with pytest.raises(InputError, match="another command has made"):
+        settle(config_for(tmp_path / "a"))
     draw_subjects(tmp_path / "s", 2, 64)
     with pytest.raises(InputError, match="count was 2, is 3"):
         draw_subjects(tmp_path / "s", 3, 64)
@@ -262,6 +281,9 @@ def test_11_a_used_run_folder_is_refused(tmp_path, toy_data, monkeypatch, capsys
     words = ("--config", TOY, "--run", tmp_path, "--data.shards", toy_data / "triplets", "--data.val_shards", "null")
     error = refused(monkeypatch, capsys, "fit", *words)
     assert "holds last.ckpt of an earlier run: go on with --ckpt_path" in error
+    other = tmp_path / "other.ckpt"  # of another folder: its run goes on there
+    torch.save({"state_dict": {}}, other)
+    assert "of an earlier run" in refused(monkeypatch, capsys, "fit", *words, "--ckpt_path", other)
     assert sorted(path.name for path in (tmp_path / "fit/checkpoints").iterdir()) == ["last.ckpt"]
 
 

@@ -33,17 +33,31 @@ def widget(one: Control, value: Any) -> Any:
     if one.choices:
         choices = [("the model's own", None) if choice is None else (choice, choice) for choice in one.choices]
         return gr.Dropdown(choices, value=value, label=label, info=info)
+    if one.kind is bool:
+        return gr.Checkbox(value, label=label, info=info)
+    if one.optional:
+        return gr.Number(value, label=label, info=info, precision=0 if one.kind is int else None)
+    if one.kind is tuple:
+        return gr.Textbox(", ".join(map(str, value)), label=label, info=info)
     if one.kind is str:
         return gr.Textbox(value, label=label, info=info)
     low, high = one.slider
     return gr.Slider(low, high, value, step=1 if one.kind is int else 0.05, label=label, info=info)
 
 
+def value_of(one: Control, given: Any) -> Any:
+    """A control's value from what its input holds; None: as the model has it."""
+    if given is None:
+        return None
+    return given.split(",") if one.kind is tuple else one.kind(given)
+
+
 def build_page(studio: Studio) -> Any:
     """The Gradio page; what a user does wrong is shown on it."""
     toy = studio.model.partition("/")[0] == TOYWORLD
     own = {**studio.pipeline.settings().as_json(), **({"num_inference_steps": 20} if toy else {})}
-    known = [one for one in controls(studio.pipeline.Settings) if one.kind is not tuple]
+    known = controls(studio.pipeline.Settings)
+    reads = studio.pipeline.reads_references
 
     def cut_out(files: list[str] | None, segmenter: SegmenterName, noun: str) -> list[Image.Image]:
         if not files:
@@ -70,13 +84,14 @@ def build_page(studio: Studio) -> Any:
         cut = studio.pipeline.cut_off(prompt or "")
         if cut:
             gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
-        settings = {one.name: one.kind(value) for one, value in zip(known, values, strict=True) if value is not None}
+        settings = {one.name: value_of(one, value) for one, value in zip(known, values, strict=True)}
         try:
             return studio.draw(
                 str(request.session_hash),
                 progress,
                 studio.cut_out(files, segmenter, noun) if studio.pipeline.reads_references else [],
                 prompt,
+                noun or "",
                 count,
                 seed,
                 studio.hole(picture, painting),
@@ -90,9 +105,12 @@ def build_page(studio: Studio) -> Any:
         with gr.Row():
             with gr.Column():
                 files = gr.File(
-                    label="References: pictures of one subject", file_count="multiple", file_types=["image"]
+                    label="References: pictures of one subject",
+                    file_count="multiple",
+                    file_types=["image"],
+                    visible=reads,
                 )
-                with gr.Row():
+                with gr.Row(visible=reads):
                     segmenter = gr.Dropdown(
                         list(get_args(SegmenterName)), value="sam" if toy else "none", label="Cut out by"
                     )

@@ -7,7 +7,7 @@ import os
 from pig.commands.app.studio import Studio
 from pig.errors import InputError
 from pig.models.backbone import TOYWORLD
-from pig.models.foreground import DETECTOR
+from pig.models.foreground import DETECTOR, RembgModel
 
 PASSWORD = "PIG_APP_PASSWORD"  # the environment variable: a command line can be read by others on the machine
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -15,7 +15,12 @@ MAX_UPLOAD, MAX_WAITING = "20mb", 16
 
 
 def app(
-    model: str = TOYWORLD, host: str = "127.0.0.1", port: int = 7860, sam: str = TOYWORLD, detector: str = DETECTOR
+    model: str = TOYWORLD,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    sam: str = TOYWORLD,
+    detector: str = DETECTOR,
+    rembg_model: RembgModel = "isnet-general-use",
 ) -> None:
     """Serve a page to draw with a model.
 
@@ -26,6 +31,7 @@ def app(
         port: of the page.
         sam: weights of the segmenter `sam`; see `generate`.
         detector: of the segmenter `grounded-sam`; see `generate`.
+        rembg_model: of the segmenter `rembg`; see `generate`.
     """
     if not 0 < port < 65536:
         raise InputError(f"--port {port}: from 1 to 65535")
@@ -39,7 +45,7 @@ def app(
         from pig.commands.app.page import build_page
     except ImportError as error:
         raise InputError("the page needs Gradio: make app, or pip install 'pig[app]'") from error
-    page = build_page(Studio(model, sam, detector))
+    page = build_page(Studio(model, sam, detector, rembg_model))
     page.queue(max_size=MAX_WAITING)
     page.launch(
         server_name=host,

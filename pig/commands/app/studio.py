@@ -15,7 +15,7 @@ from pig.data.subjects import load_cutout
 from pig.data.transforms import normalise
 from pig.errors import InputError
 from pig.methods import default_device, load_pipeline
-from pig.models.foreground import SegmenterName, make_segmenter
+from pig.models.foreground import RembgModel, SegmenterName, make_segmenter
 from pig.sampling.references import ReferenceCache
 
 MAX_REFERENCES, MAX_IMAGES = 8, 8
@@ -25,11 +25,11 @@ CACHE_BYTES = 2**29
 class Studio:
     """What the page does, without the page: one model, one drawing at a time."""
 
-    def __init__(self, model: str, sam: str, detector: str) -> None:
+    def __init__(self, model: str, sam: str, detector: str, rembg_model: RembgModel) -> None:
         self.pipeline = load_pipeline(model)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.reference_cache = ReferenceCache(CACHE_BYTES)
-        self.model, self.sam, self.detector = model, sam, detector
+        self.model, self.sam, self.detector, self.rembg_model = model, sam, detector, rembg_model
         self.native: int = self.pipeline.native_size
         self._segmenters: dict[str, Any] = {}
         self._cancelled: dict[str, threading.Event] = {}
@@ -42,7 +42,7 @@ class Studio:
             raise InputError(f"{len(files)} references; {MAX_REFERENCES} at most")
         if segmenter not in self._segmenters:
             self._segmenters[segmenter] = make_segmenter(
-                segmenter, sam=self.sam, detector=self.detector, device=default_device()
+                segmenter, sam=self.sam, detector=self.detector, rembg_model=self.rembg_model, device=default_device()
             )
         try:
             return [load_cutout(Path(file), self._segmenters[segmenter], noun) for file in files]
@@ -75,6 +75,7 @@ class Studio:
         progress: Any,
         cutouts: Sequence[Image.Image],
         prompt: str,
+        noun: str,
         count: int,
         seed: int,
         hole: dict[str, Any],
@@ -100,6 +101,7 @@ class Studio:
             images = self.pipeline(
                 prompt,
                 cutouts,
+                class_noun=noun,
                 num_images_per_prompt=int(count),
                 generator=[torch.Generator().manual_seed(one) for one in seeds],
                 callback_on_step_end=after_step,

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
-import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pig.models.backbone import Backbone
-from pig.sampling.guidance import branch_weights, combine, weights_at
-from pig.sampling.pipeline import Call, SubjectPipeline
+from pig.sampling.call import Call, Condition
+from pig.sampling.guidance import classifier_free
+from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.settings import SamplingSettings
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """text: branch -> (B, L, D); weights: of the branches; steps: how many."""
-
-    text: Mapping[str, Tensor]
-    weights: Mapping[str, float]
-    steps: int
 
 
 class BasePipeline(SubjectPipeline):
@@ -35,6 +25,7 @@ class BasePipeline(SubjectPipeline):
 
     method = "base"
     reads_references = False
+    without_references: ClassVar = {}
     network: UNet2DConditionModel
 
     def __init__(
@@ -58,18 +49,16 @@ class BasePipeline(SubjectPipeline):
         return cls(*parts, base=base, settings=dict(settings), **options)
 
     def condition(self, call: Call, settings: SamplingSettings) -> Condition:
-        text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
-        empty = self.encode_text([settings.negative_prompt]).expand_as(text)
-        weights = branch_weights(settings.text_guidance, settings.text_guidance)
-        return Condition({"uncond": empty, "text_im": text}, weights, len(call.scheduler.timesteps))
+        text, weights = self.encode_prompts(call, settings), classifier_free(settings.text_guidance)
+        return Condition(text, weights, len(call.scheduler.timesteps))
 
-    def predict(
-        self, latents: Tensor, t: Tensor, step: int, condition: Condition, settings: SamplingSettings
+    def branches(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        step: int,
+        names: Sequence[str],
+        condition: Condition,
+        settings: SamplingSettings,
     ) -> Tensor:
-        weights = weights_at(condition.weights, step, condition.steps, settings)
-        predicted = self.unet(
-            latents.repeat(len(weights), 1, 1, 1),
-            t.expand(len(weights) * len(latents)),
-            torch.cat([condition.text[branch] for branch in weights]),
-        ).sample
-        return combine(dict(zip(weights, predicted.chunk(len(weights)), strict=True)), weights, settings)
+        return self.unet(*self.stacked(latents, t, names, condition)).sample

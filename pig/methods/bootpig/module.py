@@ -12,7 +12,7 @@ from pig.attention.reference import Pooling
 from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.methods.bootpig.network import TwoUNet
-from pig.methods.bootpig.pipeline import BootPIGPipeline, ReferenceCaption, reference_prompt
+from pig.methods.bootpig.pipeline import BootPIGPipeline, BootPIGSettings, ReferenceCaption, reference_prompt
 from pig.models.backbone import latent_shape, sent
 from pig.training.module import PersonalisationModule
 from pig.training.optimizers import OptimizerName, Schedule
@@ -50,11 +50,11 @@ class BootPIG(PersonalisationModule):
         reference_dropout: float = 0.15,
         caption_dropout: float = 0.15,
         reference_timestep: int | None = None,
-        reference_caption: ReferenceCaption = "caption",
-        pooling: Pooling = "softmax",
+        reference_caption: ReferenceCaption = BootPIGSettings.reference_caption,
+        pooling: Pooling = BootPIGSettings.pooling,
         reference_key_scale: float = 1.0,
-        image_guidance: float = 5.0,
-        text_guidance: float = 7.5,
+        image_guidance: float = BootPIGSettings.image_guidance,
+        text_guidance: float = BootPIGSettings.text_guidance,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         optimizer: OptimizerName = "adamw",
@@ -63,6 +63,13 @@ class BootPIG(PersonalisationModule):
         for name, value in (("reference_dropout", reference_dropout), ("caption_dropout", caption_dropout)):
             if not 0 <= value <= 1:
                 raise InputError(f"model.{name} is a probability, got {value}")
+        self.own_settings = {
+            "image_guidance": image_guidance,
+            "text_guidance": text_guidance,
+            "pooling": pooling,
+            "reference_caption": reference_caption,
+        }
+        BootPIGSettings.given(self.own_settings, {})  # a mistake is said now, not at the first validation
         super().__init__(base, optimizer, micro_batch)
         if reference_timestep is not None and not 0 <= reference_timestep < self.train_timesteps:
             raise InputError(
@@ -121,7 +128,6 @@ class BootPIG(PersonalisationModule):
         return diffusion.loss_per_sample(predicted, target), t
 
     def pipeline(self) -> BootPIGPipeline:
-        names = ("image_guidance", "text_guidance", "pooling", "reference_caption")
         pipeline = BootPIGPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -132,7 +138,7 @@ class BootPIG(PersonalisationModule):
             reference_key_scale=self.hparams["reference_key_scale"],
             reference_timestep=self.reference_timestep,
             base=self.base,
-            settings={name: self.hparams[name] for name in names},
+            settings=self.own_settings,
             network=self.net,
         )
         pipeline.set_progress_bar_config(disable=True)

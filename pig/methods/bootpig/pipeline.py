@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -17,8 +17,9 @@ from pig.attention.reference import Pooling
 from pig.errors import InputError
 from pig.methods.bootpig.network import TwoUNet
 from pig.models.backbone import Backbone, vae_scale
-from pig.sampling.guidance import branch_weights, combine, weights_at
-from pig.sampling.pipeline import Call, SubjectPipeline
+from pig.sampling.call import Call, Condition
+from pig.sampling.guidance import branch_weights
+from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import free_memory, reference_reader
 from pig.sampling.settings import SamplingSettings, control
 
@@ -55,15 +56,12 @@ class BootPIGSettings(SamplingSettings):
 
 
 @dataclass(eq=False)
-class Condition:
+class BootPIGCondition(Condition):
     """What a call's steps need, and what one step leaves for the next.
 
-    text: branch -> (B, L, D). weights: of the branches inside of the guidance interval. read: of t and the noise's
-    seed: the references' features, layer name -> (P, K, N, C). timesteps: of all steps.
+    read: of t and the noise's seed: the references' features, layer name -> (P, K, N, C). timesteps: of all steps.
     """
 
-    text: Mapping[str, Tensor]
-    weights: Mapping[str, float]
     read: Callable[[int, int], Mapping[str, Tensor]]
     timesteps: Tensor
     references: MergedReferences | None = None
@@ -87,6 +85,7 @@ class BootPIGPipeline(SubjectPipeline):
     method = "bootpig"
     Settings = BootPIGSettings
     denoiser = "base_unet"
+    without_references: ClassVar = {"strength": 0.0}
     network: TwoUNet
 
     def __init__(
@@ -141,7 +140,7 @@ class BootPIGPipeline(SubjectPipeline):
     def model_options(self) -> dict[str, Any]:
         return {name: self.config[name] for name in ("reference_key_scale", "reference_timestep")}
 
-    def condition(self, call: Call, settings: BootPIGSettings) -> Condition:
+    def condition(self, call: Call, settings: BootPIGSettings) -> BootPIGCondition:
         side = max(call.height, call.width)
         # What the Reference UNet finds depends on pictures and caption: prompts that share both share one pass.
         asked = [
@@ -168,36 +167,36 @@ class BootPIGPipeline(SubjectPipeline):
             features = read(t, noise_seed)
             return features if order is None else {name: f[order] for name, f in features.items()}
 
-        text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
-        empty = self.encode_text([settings.negative_prompt]).expand_as(text)
         # At strength 0 "im" would be "uncond" once more: with equal guidances it falls away.
         eta_im = settings.image_guidance if settings.strength > 0 else settings.text_guidance
-        return Condition(
-            text={"uncond": empty, "im": empty, "text_im": text},
+        return BootPIGCondition(
+            text=self.encode_prompts(call, settings),
             weights=branch_weights(eta_im, settings.text_guidance),
+            steps=len(call.scheduler.timesteps),
             read=read_in_order,
             timesteps=call.scheduler.timesteps,
         )
 
-    def predict(self, latents: Tensor, t: Tensor, step: int, condition: Condition, settings: BootPIGSettings) -> Tensor:
-        """Eq. 4. One batch: e_uncond, which has no references, then e_im and e_text_im, which share theirs."""
-        count = len(latents)
-        weights = weights_at(condition.weights, step, len(condition.timesteps), settings)
-        plain = count if "uncond" in weights else 0
-        references = self._references(step, condition, settings, plain, branches=len(weights) - (plain > 0))
-        if step % settings.deep_every == 0 or condition.deep_of != list(weights):
-            condition.deep, condition.deep_of = None, list(weights)
-        predicted, condition.deep = self.network.sample(
-            latents.repeat(len(weights), 1, 1, 1),
-            t.expand(len(weights) * count),
-            torch.cat([condition.text[branch] for branch in weights]),
-            references,
-            condition.deep,
-        )
-        return combine(dict(zip(weights, predicted.chunk(len(weights)), strict=True)), weights, settings)
+    def branches(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        step: int,
+        names: Sequence[str],
+        condition: BootPIGCondition,
+        settings: BootPIGSettings,
+    ) -> Tensor:
+        """Eq. 4's terms as one batch: e_uncond, without references, then e_im and e_text_im, which share theirs."""
+        plain = len(latents) if "uncond" in names else 0
+        references = self._references(step, condition, settings, plain, branches=len(names) - (plain > 0))
+        if step % settings.deep_every == 0 or condition.deep_of != list(names):
+            condition.deep, condition.deep_of = None, list(names)
+        batch = self.stacked(latents, t, names, condition)
+        predicted, condition.deep = self.network.sample(*batch, references, condition.deep)
+        return predicted
 
     def _references(
-        self, step: int, condition: Condition, settings: BootPIGSettings, plain: int, branches: int
+        self, step: int, condition: BootPIGCondition, settings: BootPIGSettings, plain: int, branches: int
     ) -> MergedReferences | None:
         """What a step's layers attend to; read again where the step asks for another t or another noise."""
         if settings.strength == 0 or not branches:

@@ -1,0 +1,98 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI over the methods' modules and the data modules."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonargparse
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from pig.data.modules import PersonalisationData
+from pig.errors import InputError
+from pig.training.checkpoints import load_checkpoint
+from pig.training.memory import print_memory
+from pig.training.module import PersonalisationModule
+
+# `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
+jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+DESCRIPTION = "Train, validate, test or predict: --config FILE, and --model.X, --data.X, --trainer.X over it."
+
+
+class CLI(LightningCLI):
+    """LightningCLI in subclass mode with the omegaconf parser, so that configs may interpolate."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            PersonalisationModule,
+            PersonalisationData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs={"parser_mode": "omegaconf+", "description": DESCRIPTION},
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
+        parser.add_argument("--print_memory", action="store_true", help="first say what the training takes of memory")
+
+    def before_fit(self) -> None:
+        self._refuse_a_used_folder()
+        if self.config["fit"].get("print_memory"):
+            print_memory(self.model, self.datamodule, self.trainer)
+
+    def _refuse_a_used_folder(self) -> None:
+        """A second run would leave its `last-v1.ckpt` beside the first one's `last.ckpt`."""
+        resumed = self.config["fit"].get("ckpt_path")
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = Path(getattr(callback, "dirpath", None) or "")
+            kept = sorted(folder.glob("*.ckpt")) if folder.name else []
+            own = resumed and (resumed in ("last", "best", "hpc") or Path(resumed).resolve().parent == folder.resolve())
+            if kept and not own:
+                last = next((path for path in kept if path.stem.startswith("last")), kept[-1])
+                raise InputError(
+                    f"{folder} holds {last.name} of an earlier run: go on with --ckpt_path {last}, or give another "
+                    "--run"
+                )
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint before any work. Lightning would lay its settings over those of config and command."""
+        told = self.config.get(self.config.subcommand) or {} if self.config.get("subcommand") else {}
+        if not told:
+            return
+        if "weights_only" in told:
+            told["weights_only"] = True  # of whatever is loaded: a pickle could run any code
+        path = told.get("ckpt_path")
+        if path and "://" in path:
+            raise InputError(f"--ckpt_path {path}: an address; download the checkpoint and give the file")
+        if path and path not in ("last", "best", "hpc"):
+            load_checkpoint(Path(path))
+
+
+def run(args: list[str]) -> None:
+    """
+    Raises:
+        SIGTERMException: the scheduler stopped it. (A SystemExit of code 0, which would be taken for success.)
+    """
+    for noise in (
+        "Your `IterableDataset` has `__len__` defined",  # and gives each worker its own share
+        r"Found \d+ module\(s\) in eval mode",  # the frozen VAE and text encoder
+        "Precision bf16-mixed is not supported by the model summary",
+        r".*LeafSpec",  # Lightning with a newer torch
+    ):
+        warnings.filterwarnings("ignore", noise)
+    sys.argv[1:] = args
+    try:
+        CLI()
+    except SIGTERMException as error:
+        raise StoppedError from error
+
+
+class StoppedError(Exception):
+    """By SIGTERM."""

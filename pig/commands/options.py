@@ -1,0 +1,129 @@
+"""The flags of `generate`, in groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pig.data.images import SEEDS
+from pig.data.subjects import Segment, SubjectFolder, read_subjects
+from pig.data.transforms import load_image
+from pig.errors import InputError, check_ranges
+from pig.methods import default_device
+from pig.models.backbone import TOYWORLD
+from pig.models.foreground import DETECTOR, RembgModel, SegmenterName, make_segmenter
+from pig.sampling.inpainting import check_mask
+
+
+@dataclass
+class Subjects:
+    """What is drawn: the subject of some pictures under some prompts, or a whole benchmark."""
+
+    references: list[Path] | None = None
+    """Pictures of one subject. The object is found by the picture's own alpha, else by a `NAME.mask.png` beside it,
+    else by the segmenter."""
+    prompt: list[str] | None = None
+    """One or several, such as "a photo of a mug, on a beach"."""
+    subjects: Path | None = None
+    """In place of references and prompt: a folder of subjects in DreamBooth's layout."""
+    prompts: Path | None = None
+    """For --subjects: the prompts file, by default the folder's own `prompts_and_classes.txt`."""
+    class_noun: str = ""
+    """What the references show; with --subjects the classes are known."""
+    references_per_subject: int | None = None
+    """Use the first so many pictures; all by default."""
+    image: Path | None = None
+    """Inpainting: the picture to draw into."""
+    mask: Path | None = None
+    """Inpainting: of the picture's size, white where to draw."""
+
+    def read(self, reads_references: bool) -> list[SubjectFolder]:
+        """
+        Raises:
+            InputError: what is given does not fit together, or cannot be read.
+        """
+        if self.subjects is not None:
+            if self.references or self.prompt or self.image is not None:
+                raise InputError(
+                    "--subjects has references and prompts of its own; leave --references, --prompt, --image"
+                )
+            return read_subjects(self.subjects, self.prompts)
+        if not self.prompt or (reads_references and not self.references):
+            raise InputError("give --references and --prompt; or --subjects, for a whole benchmark")
+        if not all(text.strip() for text in self.prompt):
+            raise InputError("--prompt: an empty prompt")
+        if self.prompts is not None:
+            raise InputError("--prompts is for --subjects")
+        templates = tuple(text.replace("{", "{{").replace("}", "}}") for text in self.prompt)
+        return [SubjectFolder("references", self.class_noun, tuple(self.references or ()), templates)]
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """What inpainting gives the pipeline's call."""
+        if (self.image is None) != (self.mask is None):
+            raise InputError("inpainting needs both --image and --mask")
+        if self.image is None or self.mask is None:
+            return {}
+        image, mask = load_image(self.image).convert("RGB"), load_image(self.mask)
+        check_mask(image, mask)
+        return {"image": image, "mask_image": mask}
+
+
+@dataclass
+class CuttingOut:
+    """How the references' objects are found."""
+
+    segmenter: SegmenterName = "none"
+    """none (the picture is taken as it is), sam, grounded-sam (needs a class noun) or rembg."""
+    sam: str = TOYWORLD
+    """`toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
+    detector: str = DETECTOR
+    """Of grounded-sam: a Grounding DINO in transformers' format."""
+    box: list[float] | None = None
+    """For sam: where the object is, x0 y0 x1 y1 in pixels (all references alike)."""
+    point: list[float] | None = None
+    """For sam: x y of a pixel of the object."""
+    rembg_model: RembgModel = "isnet-general-use"
+    """Of rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
+    rembg fetches it at the first use."""
+    save_references: bool = False
+    """Write what was cut out into `OUT/cutouts`."""
+
+    def make(self) -> Segment | None:
+        return make_segmenter(
+            self.segmenter,
+            sam=self.sam,
+            detector=self.detector,
+            box=self.box,
+            point=self.point,
+            rembg_model=self.rembg_model,
+            device=default_device(),
+        )
+
+
+@dataclass
+class Output:
+    """How many pictures, and how they are drawn."""
+
+    images_per_prompt: int = 4
+    """With seeds `seed`, `seed + 1`, ..."""
+    seed: int = 0
+    """Of the first image of each prompt."""
+    height: int | None = None
+    """In pixels, a multiple of 8; the model's own by default."""
+    width: int | None = None
+    """Likewise."""
+    batch_size: int = 8
+    """Images drawn at a time."""
+    shard: str = "0/1"
+    """For --subjects, I/N: draw the I-th of N equal parts (I from 0), on as many devices or machines."""
+    reference_cache: float = 0.0
+    """GiB of memory for what was read of references, to be used again."""
+
+    def check(self) -> None:
+        if self.images_per_prompt < 1 or self.batch_size < 1:
+            raise InputError("--images_per_prompt and --batch_size must be at least 1")
+        if not 0 <= self.seed <= SEEDS - self.images_per_prompt:  # beyond, seeds would name the same pictures again
+            raise InputError(f"--seed must lie between 0 and 2^32 - images_per_prompt, got {self.seed}")
+        check_ranges(reference_cache=(self.reference_cache, 0, 4096))
