@@ -8,7 +8,7 @@ WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generated test lint types datagen train eval app test-app sweep ablations bench-datagen \
+.PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep ablations bench-datagen \
 	bench-training bench-sampling toyworld-weights clean
 
 help: ## this list
@@ -22,8 +22,11 @@ demo-generated: .venv/.ready ## the same, trained on triplets that the toy model
 		shards.size=135
 	$(BIN)/python -m pig.demo --out runs/demo-generated --triplets $(GENERATED) --beside runs/demo
 
-test: lint types ## lint, types and all tests
+test: lint types ## lint, types and tests, under 10 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/.ready ## the tests that take most of a minute each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check pig data_gen tests benchmarks

@@ -36,6 +36,7 @@ from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
 from pig.methods.bootpig import BootPIG, TwoUNet
+from pig.models.backbone import half_is_fast
 from pig.training.module import PRECISIONS
 from pig.training.optimizers import lay_out
 
@@ -43,6 +44,7 @@ WAYS = ("naive", "ours", "ours+precomputed")
 SIZES = {"toy": 64, "sd21": 512, "tiny": 64}  # resolution
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 3 if DEVICE.type == "cpu" else 1  # what else a CPU does shows
+PRECISION = "bf16-mixed" if half_is_fast(DEVICE.type) else "32-true"
 COMPILED = DEVICE.type == "cuda"  # on CPUs it gains nothing
 console = Console(soft_wrap=True)
 
@@ -269,7 +271,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="toy" if cpu else "sd21")
     parser.add_argument("--batch", type=int, default=32 if cpu else 8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISION)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/training.json"))
     chosen = parser.parse_args()

@@ -18,8 +18,12 @@ from pig.commands import options
 from pig.data.schema import Batch
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
+from pig.models.backbone import half_is_fast
 
 pytest_plugins = ["benches", "chains", "drawing"]  # their fixtures
+
+# Where products in bfloat16 have no instructions, what takes seconds takes many minutes.
+fast_half = pytest.mark.skipif(not half_is_fast("cpu"), reason="this CPU has no bfloat16 instructions")
 
 # A Trainer that leaves nothing behind.
 QUIET = {

@@ -139,5 +139,8 @@ def summarise(metrics: Mapping[str, PerSubject]) -> dict[str, Score]:
             low, high = rate_interval(values, metric.count[metric.count > 0].tolist())
         else:
             low, high = interval(values, counts)
+            least, most = (0.0, 2.0) if name == "diversity" else (-1.0, 1.0)  # 1 - a cosine, or a cosine
+            if all(least <= value <= most for value in values):  # not where a protocol multiplies it
+                low, high = max(low, least), min(high, most)
         found[name] = {"mean": metric.compute().item(), "low": low, "high": high}
     return found

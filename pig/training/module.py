@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Protocol, cast, get_args
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
 
 from pig.data.images import Job
 from pig.data.schema import Batch
 from pig.errors import InputError, check_named
-from pig.models.backbone import encode_images, encode_text, encoders_digest, inputs_told, load_backbone
+from pig.models.backbone import encode_images, encode_text, encoders_digest, half_is_fast, inputs_told, load_backbone
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.checkpoints import WholeCheckpoints
 from pig.training.optimizers import OptimizerName, Schedule, adamw, lay_out
@@ -156,6 +156,11 @@ class PersonalisationModule(MicroBatchedModule):
         if self.trainer.precision not in PRECISIONS:
             raise InputError(
                 f"trainer.precision={self.trainer.precision} is not supported: use {' or '.join(PRECISIONS)}"
+            )
+        device = self.trainer.strategy.root_device.type
+        if self.trainer.precision == "bf16-mixed" and not half_is_fast(device):
+            rank_zero_warn(
+                "this CPU has no instructions for bfloat16: --trainer.precision 32-true is many times faster"
             )
         lay_out(self, self.trainer.precision, self.trainer.strategy.root_device)
 

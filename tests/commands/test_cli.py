@@ -18,7 +18,7 @@ from pig import cli, demo
 from pig.commands.fit import CLI
 from pig.data.modules import TripletDataModule
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import WEIGHTS
+from pig.models.backbone import WEIGHTS, half_is_fast
 
 CONFIGS = sorted(Path("configs/bootpig").glob("*.yaml"))  # those of data_gen: tests/test_datagen.py
 TOY = "configs/bootpig/toyworld.yaml"
@@ -173,6 +173,7 @@ def test_fit_export_generate_evaluate(monkeypatch, capsys, toy_data, tmp_path) -
 run: {tmp_path}
 trainer:
   max_steps: 2
+  precision: {"bf16-mixed" if half_is_fast("cpu") else "32-true"}
   val_check_interval: 2
   log_every_n_steps: 1
   callbacks:
@@ -207,7 +208,14 @@ data:
     call("test", "--config", TOY, "--config", over, "--ckpt_path", checkpoint)
 
     arguments = ["--run", tmp_path, "--ckpt_path", checkpoint, "--data.predict_subjects", toy_data / "subjects"]
-    arguments += ["--trainer.limit_predict_batches", "2", "--trainer.callbacks", "pig.training.callbacks.SaveImages"]
+    arguments += [
+        "--trainer.precision",
+        "32-true",
+        "--trainer.limit_predict_batches",
+        "2",
+        "--trainer.callbacks",
+        "pig.training.callbacks.SaveImages",
+    ]
     call("predict", "--config", TOY, *arguments, "--trainer.callbacks.folder", tmp_path / "predicted")
     assert [path.name for path in sorted((tmp_path / "predicted/boat_000").glob("*"))] == ["0", "1"]
 

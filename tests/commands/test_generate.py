@@ -145,7 +145,7 @@ def test_another_model_is_not_mixed_into_a_folder(few, tmp_path) -> None:
     (model / "model_index.json").write_text(
         json.dumps({**index, "settings": {**index["settings"], "reference_caption": "object"}})
     )
-    with pytest.raises(InputError, match="drawn otherwise.*model="):
+    with pytest.raises(InputError, match="drawn otherwise.*reference_caption='caption'"):
         generate(tmp_path / "out", images_per_prompt=2, **given)
 
 
@@ -247,7 +247,7 @@ def test_rembg_is_asked_as_its_package_wants(monkeypatch) -> None:
         assert (data.mode, session, only_mask) == ("RGB", "u2net", True)
         return data.convert("L")
 
-    stand_in = types.SimpleNamespace(remove=remove, new_session=lambda: "u2net")
+    stand_in = types.SimpleNamespace(remove=remove, new_session=lambda name: "u2net")
     monkeypatch.setitem(sys.modules, "rembg", stand_in)
     segment = make_segmenter("rembg")
     assert segment(Image.new("RGB", (8, 9), "white"), "").size == (8, 9)

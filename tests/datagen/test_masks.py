@@ -32,6 +32,7 @@ def test_a_sample_looks_the_same_in_any_batch() -> None:
         assert np.abs(np.asarray(alone, float) - np.asarray(picture, float)).max() <= 1
 
 
+@pytest.mark.slow
 def test_compiled_models_give_the_same() -> None:
     config = load_config(CONFIG, ["images.steps=2", "images.compile=true", "masks.compile=true"])
     rows = [Sample(str(i), f"a photo of a {noun}, on a beach", noun, i) for i, noun in enumerate(("mug", "car"))]

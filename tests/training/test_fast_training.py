@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import QUIET, losses, tiny_two_unet
+from conftest import QUIET, fast_half, losses, tiny_two_unet
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.naive import Naive
@@ -112,6 +112,7 @@ def test_the_progress_bar_asks_for_nothing_between_the_logged_steps(toy_data) ->
     assert seen[2] == seen[3] > 0
 
 
+@fast_half
 def test_bf16_is_as_near_to_float32_as_the_plain_loop_is(toy_data, expected) -> None:
     watch, naive = Watch(), Naive("toyworld")
     fit(toy_data / "triplets", watch, trainer={"precision": "bf16-mixed"}, micro_batch=4)
@@ -150,7 +151,9 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: int, within: str) -> 
     return tried
 
 
-@pytest.mark.parametrize(("within", "precision"), [("forward", "32-true"), ("backward", "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("within", "precision"), [("forward", "32-true"), pytest.param("backward", "bf16-mixed", marks=fast_half)]
+)
 def test_out_of_memory_halves_the_micro_batch(toy_data, monkeypatch, caplog, within, precision) -> None:
     halved = Watch()
     fit(toy_data / "triplets", halved, trainer={"precision": precision}, micro_batch=2)
@@ -278,7 +281,7 @@ def test_out_of_memory_on_one_of_two_processes_halves_its_micro_batch(toy_data, 
 
 
 @pytest.mark.parametrize("way", [{}, {"gradient_checkpointing": True}, {"micro_batch": 4}], ids=str)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=fast_half)])
 def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -> None:
     module = BootPIG("toyworld", **way)
     data = TripletDataModule(str(toy_data / "triplets"), batch_size=8, resolution=64, num_workers=0)
@@ -307,6 +310,7 @@ def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -
     assert table["all"] == sum(size for name, size in table.items() if name != "all")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_change_nothing_and_are_compiled_once(inputs, monkeypatch) -> None:
     """Captured for whatever backend; the batch of the Reference UNet may change without compiling again."""
     plain_net, net = tiny_two_unet(), tiny_two_unet()

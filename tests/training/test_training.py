@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, tiny_unet
+from conftest import fast_half, losses, tiny_unet
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -170,6 +170,7 @@ def gpu_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gpu")
 
 
+@fast_half
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_every_part_for_a_gpu_starts_at_tiny_width(part, gpu_folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["gpu", part, "--size=tiny", f"--out={gpu_folder}"])

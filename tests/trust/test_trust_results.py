@@ -24,7 +24,8 @@ from trying import TOY, data_gen_photos, photographs, refused
 from data_gen.__main__ import run as data_gen
 from data_gen.config import settle
 from data_gen.toyworld import draw_subjects, draw_triplets
-from pig.commands.fit import CLI, diffusion
+from pig import diffusion
+from pig.commands.fit import CLI
 from pig.data import modules
 from pig.data.images import forget, read_manifest
 from pig.data.modules import TripletDataModule

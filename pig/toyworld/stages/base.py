@@ -10,6 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Dataset
 
+from pig.models.backbone import half_is_fast
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=half_is_fast(device.type))
+
 
 class Stage(LightningModule):
     """Shared by all stages: AdamW with warm-up, cosine decay to zero in `cycles` equal parts, and the data loader."""

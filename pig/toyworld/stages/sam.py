@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pig.models.segmenters import SamSize, build_sam, encode, masks_for, save_sam
 from pig.toyworld import scene
 from pig.toyworld.captions import PLACES, SIZE
-from pig.toyworld.stages.base import Stage
+from pig.toyworld.stages.base import Stage, autocast
 
 
 class SAMStage(Stage):
@@ -53,7 +53,7 @@ class SAMStage(Stage):
         vae = self.frozen["vae"].to(self.device)
         for start in tqdm(range(0, len(images), 128), desc="VAE", mininterval=5):
             chunk = images[start : start + 64].to(self.device).float() / 127.5 - 1
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with autocast(self.device):
                 latents = vae.encode(chunk).latent_dist.mean
                 decoded = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample.float()
             images[start : start + 64] = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()

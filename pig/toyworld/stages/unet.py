@@ -18,7 +18,7 @@ from pig import diffusion
 from pig.models.backbone import tokenize
 from pig.toyworld import scene
 from pig.toyworld.captions import caption_of, classify, facts_of, render
-from pig.toyworld.stages.base import Stage
+from pig.toyworld.stages.base import Stage, autocast
 
 
 class UNetStage(Stage):
@@ -62,7 +62,7 @@ class UNetStage(Stage):
         vae = self.frozen["vae"].to(self.device)
         latents = []
         for chunk in tqdm(images.split(64), desc="encoding", mininterval=5):
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with autocast(self.device):
                 mean = vae.encode(chunk.to(self.device).float() / 127.5 - 1).latent_dist.mean
             latents.append(mean.float().cpu() * vae.config.scaling_factor)
         return TensorDataset(torch.cat(latents), facts)

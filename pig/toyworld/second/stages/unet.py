@@ -29,7 +29,7 @@ from pig.toyworld.second.captions import (
     plain_caption,
     training_scene,
 )
-from pig.toyworld.stages.base import Stage
+from pig.toyworld.stages.base import Stage, autocast
 
 
 class UNetStage(Stage):
@@ -85,7 +85,7 @@ class UNetStage(Stage):
             images = torch.stack(
                 [torch.tensor(one.draw().image).permute(2, 0, 1) for one in scenes[start : start + 256]]
             )
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with autocast(self.device):
                 latents.append(encode_images(vae, images.to(self.device).float() / 127.5 - 1).float().cpu())
         return torch.cat(latents), facts_of(scenes)
 
