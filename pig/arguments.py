@@ -8,7 +8,7 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
@@ -111,7 +111,8 @@ def _type(one: Control) -> dict[str, Any]:
     if one.kind is bool:
         return {"action": jsonargparse.ActionYesNo(no_prefix="no_")}
     if one.choices:
-        return {"type": one.kind, "choices": [choice for choice in one.choices if choice is not None]}
+        choices = tuple(choice for choice in one.choices if choice is not None)
+        return {"type": Literal[choices] | None if one.optional else Literal[choices]}
     return {"type": one.kind | None if one.optional else one.kind}
 
 

@@ -18,10 +18,13 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 # Command -> the function that does it, imported when it runs, and what it is for.
 COMMANDS = {
     "generate": ("pig.commands.generate:generate", "draw a subject with any model, or a whole benchmark"),
-    "app": ("pig.commands.app.serve:app", "the same on a page in the browser"),
+    "app": ("pig.commands.app.serve:app", "draw on a page in the browser"),
     "evaluate": ("pig.evaluation.benchmark:evaluate", "score a folder of generated images: tables and a report"),
-    "compare": ("pig.evaluation.compare:compare", "two of these results: paired differences, images side by side"),
-    "study": ("pig.evaluation.study:study", "two of these results before people's eyes"),
+    "compare": (
+        "pig.evaluation.compare:compare",
+        "compare results of `evaluate`: paired differences, images side by side",
+    ),
+    "study": ("pig.evaluation.study:study", "a blind study of two results with people"),
     "export": ("pig.commands.export:export", "a checkpoint or a model -> a model folder, whole or as a delta"),
 }
 # Names of the command line that are gone: command -> flag -> what to give instead.

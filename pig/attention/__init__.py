@@ -5,6 +5,6 @@
 
 Notation: f = input of a self-attention layer `attn1` (after its LayerNorm), (B, N, C); f_ref = the same layer's input
 in the Reference UNet; K = references per sample; H = heads. All state travels in one argument, `context`, through
-`cross_attention_kwargs`: a plain object (accelerate's hooks copy mappings and tuples, and what a processor notes in a
-copy is lost). The processors themselves hold settings only, and are the only code that uses the layers' weights.
+`cross_attention_kwargs`: a plain object (accelerate's hooks copy mappings and tuples, and values written to a copy are
+lost). The processors themselves hold settings only. No code outside of this folder computes with the layers' weights.
 """

@@ -36,7 +36,7 @@ def reference_self_attention(attn: Attention, f: Tensor, f_ref: Tensor, f_ref_ke
     """RSA(f, f_ref) = W_o softmax(q(f) [k(f); k(f_ref)]^T / sqrt(d)) [v(f); v(f_ref)], Eq. 3.
 
     The same W_q, W_k, W_v, W_o serve both parts. f: (B, N, C); f_ref: (B or 1, M, C) -> (B, N, C).
-    f_ref_key: what enters the keys instead of f_ref.
+    f_ref_key: the input of W_k in place of f_ref.
     """
     k_ref = heads(attn, attn.to_k(f_ref if f_ref_key is None else f_ref_key))
     v_ref = heads(attn, attn.to_v(f_ref))
@@ -47,7 +47,10 @@ def reference_self_attention(attn: Attention, f: Tensor, f_ref: Tensor, f_ref_ke
 
 
 def pool_references(o: Tensor, o_i: Tensor, pooling: Pooling) -> Tensor:
-    """Merge the outputs of K references, section 3.6. o: (B, N, C), Eq. 5; o_i: (B, K, N, C), Eq. 6 -> (B, N, C)."""
+    """Merge the outputs of K references, section 3.6 (not for `concat`, which has one output).
+
+    o: (B, N, C), Eq. 5; o_i: (B, K, N, C), Eq. 6 -> (B, N, C).
+    """
     if pooling == "mean":
         return o_i.mean(dim=1)
     difference = o_i - o[:, None]
@@ -87,7 +90,7 @@ class ReferenceAttnProcessor(AttnProcessor2_0):
 
         f_ref_key = f_ref * self.key_scale if self.key_scale != 1 else f_ref
         if context.kept is not None:
-            # RSA(f, f) = SA(f): doubling all keys changes no softmax average. So a dropped sample stays in the batch.
+            # RSA(f, f) = SA(f): doubling all keys changes no softmax average. A dropped sample takes f for f_ref.
             own = f[:, None].expand(-1, f_ref.shape[1], -1, -1)
             scaled = f_ref_key is not f_ref
             f_ref = own.index_copy(0, context.kept, f_ref)

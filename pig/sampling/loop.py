@@ -32,8 +32,8 @@ def denoise(
     """From noise to a picture's latents.
 
     Args:
-        predict: of the latents as the scheduler scales them for a network, t, and the number of the step: what the
-            network was trained to predict, guided; (B, 4, h, w).
+        predict: called with the latents as the scheduler scales them for a network, t, and the step's number; returns
+            the guided prediction (B, 4, h, w), epsilon or v.
         latents: (B, 4, h, w), at the noise level of the first timestep.
         timesteps: of the scheduler's, in their order; all of them, or the part that is left to do.
         generator: what ancestral schedulers draw their noise from.

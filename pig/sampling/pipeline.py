@@ -1,4 +1,4 @@
-"""The face that every method's pipeline has: prompts and references in, pictures out."""
+"""The base class of all methods' pipelines: prompts and references in, pictures out."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ class SubjectPipeline(DiffusionPipeline):
         return self.tokenizer.decode(ids[limit:])
 
     def encode_prompts(self, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
-        """The text of each branch, (B, L, D): empty (or the negative prompt), but where the prompt is followed."""
+        """The text of each branch, (B, L, D): the prompt for `text_im`, the empty or negative prompt for the others."""
         text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
         empty = self.encode_text([settings.negative_prompt]).expand_as(text)
         return {"uncond": empty, "im": empty, "text_im": text}
@@ -300,7 +300,7 @@ class SubjectPipeline(DiffusionPipeline):
         return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
 
     def encode_references(self, cutouts: Sequence[Image.Image], side: int) -> Tensor:
-        """(K, 4, h, h), scaled latents of the references on white squares; no method asks for the picture's shape."""
+        """(K, 4, h, h), scaled latents of the references on white squares, whatever shape is drawn."""
         tensors = [to_tensor(reference_picture(one, side)) for one in cutouts]
         return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
 

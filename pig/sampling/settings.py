@@ -53,7 +53,8 @@ class SamplingSettings:
     guidance_rescale: float = control(0.0, 0, 1)
     """Brings the contrast of strongly guided images back (arXiv 2305.08891, 3.4)."""
     guidance_interval: tuple[float, float] = control((0.0, 1.0), 0, 1)
-    """Faster, with a loss: two shares of the steps between which guidance is used (arXiv 2404.07724)."""
+    """Faster, with a loss: start and end of the guidance as shares of the steps; outside of them only the branch with
+    prompt and references runs (arXiv 2404.07724)."""
     scheduler: SchedulerName | None = control(None)
     """The sampler; by default the model's own."""
 
@@ -83,7 +84,7 @@ class SamplingSettings:
 
     @classmethod
     def given(cls, model: Mapping[str, Any], call: Mapping[str, Any]) -> Self:
-        """What a call names, over the model's own defaults, over those of the class. None: not named.
+        """Merge settings: a call's go before the model's own defaults, those before the class's. None: not named.
 
         Raises:
             InputError: a control that the method does not have, or a value it does not take.

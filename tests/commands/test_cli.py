@@ -17,10 +17,10 @@ from benchmarks import ablations
 from pig import cli, demo
 from pig.commands.fit import CLI
 from pig.data.modules import TripletDataModule
-from pig.methods.bootpig import BootPIG
+from pig.methods import METHODS
 from pig.models.backbone import WEIGHTS, half_is_fast
 
-CONFIGS = sorted(Path("configs/bootpig").glob("*.yaml"))  # those of data_gen: tests/test_datagen.py
+CONFIGS = sorted(path for method in METHODS for path in Path("configs", method).glob("*.yaml"))
 TOY = "configs/bootpig/toyworld.yaml"
 # What stands over another config, and what must differ on a machine without GPUs and without a hub.
 BELOW = {
@@ -39,12 +39,12 @@ def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> CLI:
     return CLI(run=False)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_config_instantiates(monkeypatch, tmp_path, config) -> None:
     files = [BELOW[config.name], str(config)] if config.name in BELOW else [str(config)]
     arguments = [f"--config={file}" for file in files]
     made = parse(monkeypatch, *arguments, *HERE, f"--run={tmp_path}")
-    assert isinstance(made.model, BootPIG)
+    assert made.model.method == config.parent.name
     assert isinstance(made.datamodule, TripletDataModule)
     assert isinstance(made.trainer, Trainer)
     assert made.trainer.gradient_clip_val == 1.0

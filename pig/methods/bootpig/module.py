@@ -25,7 +25,7 @@ class BootPIG(PersonalisationModule):
         base: see `PersonalisationModule`.
         lr_reference, lr_rsa: learning rates of the Reference UNet and of the base's RSA layers (section 4.1); 0
             freezes the group (the ablations of Table 2).
-        schedule: of the learning rates: `constant` (paper), or `cosine` to 0 at the end of the run.
+        schedule: of the learning rates: `constant` (paper), or `cosine` (20 steps of warm-up, then down to 0).
         reference_dropout: probability that a sample's references are left out (section 3.3).
         caption_dropout: probability that a sample's caption is emptied, for the Base UNet only (section 3.3).
         reference_timestep: fixed t of the references; None takes the target's t (paper).
@@ -99,8 +99,8 @@ class BootPIG(PersonalisationModule):
             batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, reference), uniforms=3
         )
         # Decided on the CPU, so that nothing waits for a GPU. U_phi runs for the kept references, their number rounded
-        # up to eighths of the batch: few sizes, so that kernels are chosen seldom. Not 0, so that every process has its
-        # gradient, nor 1, for which compiled blocks are compiled again.
+        # up to eighths of the batch: few sizes, so that kernels are chosen seldom. At least 2: with 0 a process would
+        # have no gradient, and for 1 compiled blocks would be compiled again.
         drops = self.dropout if training else dict.fromkeys(self.dropout, 0.0)
         dropped, eighth = u[:, 1] < drops["reference"], max(1, len(u) // 8)
         order, count = dropped.long().argsort(stable=True), int((~dropped).sum())

@@ -134,7 +134,7 @@ class TwoUNet(nn.Module):
 
         The Reference UNet's batch varies with the references dropped, so sizes stay symbolic.
         """
-        # Of one function: each layer is one of its own, and once more for a batch, or kept references, of 1 and of 0.
+        # Dynamo counts per function: all layers share one, and batches of 0 and of 1 samples compile it once more.
         torch._dynamo.config.recompile_limit = 128
         last = self.reference_unet.get_submodule(last_block(self.reference_unet))
         for module in self.modules():
