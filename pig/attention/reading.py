@@ -10,11 +10,11 @@ import contextlib
 from dataclasses import dataclass, field
 
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from pig.attention.install import install, self_attention_layers
-from pig.attention.products import self_attention
+from pig.attention.products import self_attention, slow_backward
 
 
 class LastLayerReachedError(Exception):
@@ -28,10 +28,12 @@ class Reading:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
-class ReadingAttnProcessor:
-    """`attn1` of a UNet that is read: notes its input under the layer's name, and ends the pass at the last layer."""
+class ReadingAttnProcessor(AttnProcessor2_0):
+    """`attn1` of a UNet that is read: notes its input under the layer's name, and ends the pass at the last layer.
+    Without a context it is diffusers' own self-attention."""
 
     def __init__(self, name: str, is_last: bool) -> None:
+        super().__init__()
         self.name, self.is_last = name, is_last
 
     def __call__(
@@ -43,6 +45,8 @@ class ReadingAttnProcessor:
         temb: Tensor | None = None,
         context: Reading | None = None,
     ) -> Tensor:
+        if context is None and not slow_backward(hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if context is not None:
             context.features[self.name] = hidden_states
             if self.is_last:

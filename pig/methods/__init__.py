@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 METHODS = {
     "base": "pig.methods.base",
     "bootpig": "pig.methods.bootpig",
+    "ezigen": "pig.methods.ezigen",
 }
 EMBEDDED = "bootpig"  # what `toyworld` stands for
 WHOLE, DELTA, DELTA_WEIGHTS = "model_index.json", "delta.json", "delta.safetensors"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image
@@ -34,6 +37,12 @@ class KnownRegion:
         self.z_0 = encode_images(vae, self.pixels).to(noise.dtype)
         # A latent is drawn as soon as one of its pixels is.
         self.open_latents = F.max_pool2d(self.open, vae_scale(vae)).to(noise.dtype)
+
+    def of(self, pictures: Sequence[int]) -> KnownRegion:
+        """The same for some of the pictures that are drawn."""
+        own = copy.copy(self)
+        own.noise = self.noise[list(pictures)]
+        return own
 
     def blend(self, latents: Tensor, scheduler: SchedulerMixin, t: Tensor | None) -> Tensor:
         """The latents with the known region at noise level t; None: free of noise."""

@@ -24,6 +24,7 @@ CONFIGS = sorted(path for method in METHODS for path in Path("configs", method).
 TOY = "configs/bootpig/toyworld.yaml"
 # What stands over another config, and what must differ on a machine without GPUs and without a hub.
 BELOW = {
+    "release.yaml": "configs/ezigen/sd21.yaml",
     "sd21_release.yaml": "configs/bootpig/sd21.yaml",
     "sd21_fixed_timestep.yaml": "configs/bootpig/sd21.yaml",
     "sd21_768.yaml": "configs/bootpig/sd21.yaml",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor
 
 from pig import diffusion
@@ -13,9 +12,9 @@ from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.methods.bootpig.network import TwoUNet
 from pig.methods.bootpig.pipeline import BootPIGPipeline, BootPIGSettings, ReferenceCaption, reference_prompt
-from pig.models.backbone import latent_shape, sent
 from pig.training.module import PersonalisationModule
 from pig.training.optimizers import OptimizerName, Schedule
+from pig.training.triplets import noised_triplets
 
 
 class BootPIG(PersonalisationModule):
@@ -94,38 +93,20 @@ class BootPIG(PersonalisationModule):
     def losses(self, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
         self.check_encoded(batch.encoded_by)
-        reference = batch.references()
-        noise, noise_ref, u = diffusion.draw(
-            batch.seeds, latent_shape(self.vae, batch.target), latent_shape(self.vae, reference), uniforms=3
-        )
-        # Decided on the CPU, so that nothing waits for a GPU. U_phi runs for the kept references, their number rounded
-        # up to eighths of the batch: few sizes, so that kernels are chosen seldom. At least 2: with 0 a process would
-        # have no gradient, and for 1 compiled blocks would be compiled again.
         drops = self.dropout if training else dict.fromkeys(self.dropout, 0.0)
-        dropped, eighth = u[:, 1] < drops["reference"], max(1, len(u) // 8)
-        order, count = dropped.long().argsort(stable=True), int((~dropped).sum())
-        kept, read = order[:count], order[: max(2, eighth * -(-count // eighth))]
-        noise, noise_ref, u, kept, read = (sent(x, self.device) for x in (noise, noise_ref[read], u, kept, read))
-        t = (u[:, 0] * self.train_timesteps).long()
-        t_ref = t[read] if self.reference_timestep is None else torch.full_like(read, self.reference_timestep)
-
-        z_0, z_ref_0 = self.encode_pictures(batch.target, reference[read])
-        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, t)
-        alpha_ref, sigma_ref = (s.unsqueeze(1) for s in diffusion.alpha_sigma(self.alphas_cumprod, t_ref))
-        z_t = diffusion.add_noise(z_0, noise, alpha, sigma)
-        z_ref_t = diffusion.add_noise(z_ref_0, noise_ref, alpha_ref, sigma_ref)
-
-        dtype = self.net.base_unet.dtype
-        told = [reference_prompt(caption, self.reference_caption) for caption in batch.captions]
-        text, text_ref, empty = self.encode_captions(batch, told)
-        references = self.net.encode_reference(z_ref_t.to(dtype), t_ref, text_ref[read])
-        # After U_phi has run: only the Base UNet's caption is emptied.
-        text = torch.where((u[:, 2] < drops["caption"]).view(-1, 1, 1), empty, text)
-        references = {name: f[:count] for name, f in references.items()}
-        predicted = self.net(z_t.to(dtype), t, text, references, kept=kept if drops["reference"] else None)
-
-        target = diffusion.target(z_0, noise, alpha, sigma, self.backbone.scheduler.config.prediction_type)
-        return diffusion.loss_per_sample(predicted, target), t
+        noised = noised_triplets(
+            self,
+            batch,
+            [reference_prompt(caption, self.reference_caption) for caption in batch.captions],
+            reference_dropout=drops["reference"],
+            caption_dropout=drops["caption"],  # of the Base UNet only: U_phi is told the whole caption
+            reference_timestep=self.reference_timestep,
+            dtype=self.net.base_unet.dtype,
+        )
+        references = self.net.encode_reference(noised.z_ref_t, noised.t_ref, noised.text_ref)
+        references = {name: f[: noised.count] for name, f in references.items()}
+        predicted = self.net(noised.z_t, noised.t, noised.text, references, kept=noised.kept)
+        return diffusion.loss_per_sample(predicted, noised.target), noised.t
 
     def pipeline(self) -> BootPIGPipeline:
         pipeline = BootPIGPipeline(
