@@ -111,8 +111,10 @@ def test_no_shard_matches(tmp_path) -> None:
     assert f"error: no shard matches ['{tmp_path}/data/triplets']" in message
 
 
-def test_mistyped_key(tmp_path) -> None:
-    assert "reference_dropuot" in refused("fit", "--config", TOY, "--model.reference_dropuot", "0.2")
+def test_mistyped_key(monkeypatch, capsys) -> None:
+    arguments = ("fit", "--config", TOY, "--model.reference_dropuot", "0.2")
+    code, error = run_inline(monkeypatch, capsys, *arguments)
+    assert (code, "reference_dropuot" in error) == (2, True)
 
 
 def test_missing_checkpoint(monkeypatch, capsys, tmp_path) -> None:

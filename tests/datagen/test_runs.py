@@ -95,7 +95,9 @@ def test_shards_keep_the_contract(made) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", [["workers=2"], ["executor=ray", "workers=2"], ["executor=ray", "workers=1"]], ids=str
+    "where",
+    [["workers=2"], ["executor=ray", "workers=2"], pytest.param(["executor=ray", "workers=1"], marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_any_executor_gives_the_same_bytes(made, tmp_path, where, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -124,6 +126,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_with_the_same_shards(made, tmp_path) -> None:
     first = start(tmp_path)
     wait_for(lambda: any(tmp_path.glob("work/*/0/images/*.png")), first)
@@ -159,6 +162,7 @@ def children(pid: int) -> Iterator[int]:
         yield from map(int, task.read_text().split())
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_run_with_a_message(tmp_path) -> None:
     process = start(tmp_path)
     wait_for(lambda: any(tmp_path.glob("work/*/0/images/*.png")), process)

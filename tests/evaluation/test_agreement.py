@@ -259,6 +259,7 @@ def test_nothing_but_the_pictures_counts(folder, tmp_path) -> None:
     torch.testing.assert_close(three[[0, 2]], clip.images([picture]).expand(2, -1), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(folder, tmp_path) -> None:
     """Two gloo ranks look at half of the pictures each, as `torchrun` starts them."""
     command = ["-m", "pig.cli", "evaluate", f"--images={folder / 'images'}", f"--subjects={folder / 'subjects'}"]

@@ -231,6 +231,7 @@ def test_more_processes_than_samples_are_refused(toy_data) -> None:
         fit(toy_data / "triplets", Watch(), 1, {"strategy": "ddp_fork", "devices": 2})
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(toy_data, tmp_path) -> None:
     command = [
         *(sys.executable, "-W", "ignore", "-m", "pig.cli", "fit", "--config", "configs/bootpig/toyworld.yaml"),

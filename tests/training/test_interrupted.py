@@ -61,6 +61,7 @@ def uninterrupted(toy_data, tmp_path_factory) -> dict:
     return torch.load(run / "ckpt/last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, tmp_path, uninterrupted, stop) -> None:
     last = tmp_path / "ckpt/last.ckpt"
