@@ -43,8 +43,8 @@ def test_unknown_prediction_type_is_refused() -> None:
 
 def test_each_sample_draws_from_its_own_seed() -> None:
     seeds = torch.tensor([5, 2**62, 7])
-    noise, noise_ref, u = diffusion.draw(seeds, (3, 4, 8, 8), (3, 2, 4, 8, 8))
-    alone = diffusion.draw(seeds[1:2], (1, 4, 8, 8), (1, 2, 4, 8, 8))
+    noise, noise_ref, u = diffusion.draw(seeds, (3, 4, 8, 8), (3, 2, 4, 8, 8), uniforms=3)
+    alone = diffusion.draw(seeds[1:2], (1, 4, 8, 8), (1, 2, 4, 8, 8), uniforms=3)
     for whole, one in zip((noise, noise_ref, u), alone, strict=True):
         assert torch.equal(whole[1:2], one)
     assert u.shape == (3, 3)
