@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from data_gen.folders import MADE_BY
 from pig.errors import InputError
+from pig.files import write_text
 
 
 @dataclass
@@ -264,6 +265,4 @@ def settle(config: DatagenConfig) -> None:
             shutil.rmtree(out / "work", ignore_errors=True)  # half-made, by the other config
     elif shards:
         raise InputError(f"{out} holds shards of another origin (there is no datagen.yaml); choose another output")
-    part = kept.with_suffix(".part")
-    part.write_text(OmegaConf.to_yaml(OmegaConf.create(now)), encoding="utf-8")
-    part.rename(kept)
+    write_text(kept, OmegaConf.to_yaml(OmegaConf.create(now)))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pig.data.images import SEEDS
 from pig.errors import InputError
+from pig.files import write_text
 
 T = TypeVar("T")
 KEY = re.compile(r"[\w-]+")
@@ -41,9 +42,7 @@ def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 def write_lines(file: Path, rows: Iterable[Any]) -> None:
     """JSON lines, in place at once or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
-    part.rename(file)
+    write_text(file, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

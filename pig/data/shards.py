@@ -20,6 +20,7 @@ from PIL import Image
 from pig.data.schema import METADATA, REFERENCE, TARGETS, Triplet
 from pig.data.transforms import UNDECODABLE
 from pig.errors import InputError
+from pig.files import write_text
 
 Raw = Mapping[str, Any]  # a sample as bytes: extension -> content, and "__key__"
 
@@ -143,10 +144,8 @@ def write_samples(
     reasons = dict(sorted((rejected or {}).items()))
     stats = ShardStats(count, aside.stat().st_size, sha256_of(aside), reasons, encoded)
     aside.rename(tar)
-    part = Path(stats_path(str(tar)) + ".part")
     written = {name: value for name, value in asdict(stats).items() if value is not None}
-    part.write_text(json.dumps(written, indent=1), encoding="utf-8")
-    part.rename(stats_path(str(tar)))
+    write_text(Path(stats_path(str(tar))), json.dumps(written, indent=1))
     return stats
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pig.errors import InputError
 from pig.evaluation.metrics import PerSubject
 from pig.evaluation.statistics import interval, rate_interval
+from pig.files import write_text
 
 RESULTS = "results.json"
 RATES = ("prompt_accuracy",)  # shares of images, of which each is a yes or a no
@@ -56,9 +57,7 @@ class Result:
 
     def write(self, out: Path) -> None:
         told = {name: value for name, value in asdict(self).items() if name != "folder"}
-        partial = out / f"{RESULTS}.tmp"
-        partial.write_text(json.dumps(told, indent=1, allow_nan=False), encoding="utf-8")
-        partial.replace(out / RESULTS)
+        write_text(out / RESULTS, json.dumps(told, indent=1, allow_nan=False))
 
     @classmethod
     def read(cls, folder: Path) -> Result:

@@ -30,6 +30,7 @@ from pig.evaluation.compare import named_apart, place_of
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import rate_interval
 from pig.evaluation.tables import plain
+from pig.files import write_text
 
 PAGE = Path(__file__).with_suffix(".html")
 FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer
@@ -119,9 +120,7 @@ class Study:
                 f"{out} holds answers to another study, or its pictures have changed since: give another --out, or the "
                 "same results and settings"
             )
-        partial = out / f"{PLAN}.tmp"
-        partial.write_text(told, encoding="utf-8")
-        partial.replace(out / PLAN)
+        write_text(out / PLAN, told)
         self.lock = threading.Lock()
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
         text = (out / ANSWERS).read_text(encoding="utf-8") if (out / ANSWERS).exists() else ""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from pig import diffusion
+from pig.files import replacing
 from pig.models.backbone import encode_images, tokenize
 from pig.toyworld.second import scene
 from pig.toyworld.second.captions import (
@@ -93,8 +94,8 @@ class UNetStage(Stage):
         if not self.cache.exists():
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             latents, facts = self.encoded([training_scene(seed) for seed in range(self.scenes)])
-            save_file({"latents": latents.half(), "facts": facts}, self.cache.with_suffix(".part"))
-            self.cache.with_suffix(".part").rename(self.cache)
+            with replacing(self.cache) as aside:
+                save_file({"latents": latents.half(), "facts": facts}, aside)
         kept = load_file(self.cache)
         return TensorDataset(kept["latents"].float(), kept["facts"])
 
