@@ -25,7 +25,7 @@ COMMANDS = {
         "compare results of `evaluate`: paired differences, images side by side",
     ),
     "study": ("pig.evaluation.study:study", "a blind study of two results with people"),
-    "export": ("pig.commands.export:export", "a checkpoint or a model -> a model folder, whole or as a delta"),
+    "export": ("pig.commands.export:export", "a checkpoint, model or release -> a model folder, whole or as a delta"),
 }
 # Names of the command line that are gone: command -> flag -> what to give instead.
 GONE = {"generate": {"text_only": "--model base:NAME"}}

@@ -26,7 +26,7 @@ from pig.models.backbone import TOYWORLD
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import ReferenceCache, digest
 
-CUTOUTS = "cutouts"  # the folder for `--save_references`
+CUTOUTS, LOOPS = "cutouts", "loops"  # the folders for `--save_references` and `--save_loops`
 console = Console()
 
 
@@ -54,6 +54,8 @@ def generate(
     kind = pipeline_class(source.method)
     if output.reference_cache > 0 and not kind.reads_references:
         raise InputError(f"--reference_cache: {model} reads no references")
+    if output.save_loops and not kind.has_loops:
+        raise InputError(f"--save_loops: {model} draws without loops")
     chosen = kind.Settings.given(source.settings, settings or {})
     part, parts = parse_shard(output.shard)
     known = what.read(kind.reads_references)
@@ -87,6 +89,7 @@ def generate(
         more=more,
         batch_size=output.batch_size,
         manifest=manifest,
+        keep_loops=output.save_loops,
     )
     if what.subjects is None:
         for job in jobs:
@@ -138,10 +141,12 @@ def draw_jobs(
     more: Mapping[str, Any] | None = None,
     batch_size: int,
     manifest: str = MANIFEST,
+    keep_loops: bool = False,
 ) -> None:
     """Draw the images that `out` does not have yet, with these settings; the rest as the model has it.
 
     cutouts: the references of each subject, by its name. more: what else the pipeline's call gets (size, inpainting).
+    keep_loops: write each loop's picture, too; those of finished images are not drawn again.
 
     Raises:
         InputError: `out` holds images of other settings, another model or other references.
@@ -173,14 +178,25 @@ def draw_jobs(
                 [cutouts[job.subject.name] for job in batch],
                 class_noun=[job.subject.class_noun for job in batch],
                 generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+                keep_loops=keep_loops,
                 **given,
             )
-            for job, picture in zip(batch, drawn.images, strict=True):
+            for row, (job, picture) in enumerate(zip(batch, drawn.images, strict=True)):
+                if drawn.loops is not None:
+                    save_loops(out, job, drawn.loops[row])
                 save_generated(out, job, picture, method=pipeline.method, settings=used[job], manifest=manifest)
     except InputError:
         with contextlib.suppress(OSError):
             out.rmdir()  # nothing was drawn: leave no empty folder behind
         raise
+
+
+def save_loops(out: Path, job: Job, versions: Sequence[Image.Image]) -> None:
+    """`loops/SUBJECT/PROMPT_INDEX/SEED/NUMBER.png`: 00 before the first loop."""
+    folder = out / LOOPS / Path(job.file).with_suffix("")
+    make_folder(folder)
+    for number, version in enumerate(versions):
+        version.save(folder / f"{number:02d}.png")
 
 
 def is_finished(out: Path, job: Job, line: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:
@@ -218,17 +234,22 @@ def announce(
     given: Mapping[str, Any],
     count: int,
 ) -> None:
-    """Say how long `count` images will take, from one and two real steps of the first batch."""
+    """Say how long `count` images will take, at most, from a few real steps of the first batch."""
     pipeline.set_progress_bar_config(disable=True)
-    seconds = []
-    for steps in (1, 1, 2):  # the first one warms up
+    references, seconds = [cutouts[job.subject.name] for job in batch], {}
+    told = {**given, "class_noun": [job.subject.class_noun for job in batch]}
+
+    def steps_of(steps: int) -> int:
+        settings = {name: value for name, value in told.items() if name in chosen} | {"num_inference_steps": steps}
+        return pipeline.steps_of(pipeline.settings(**settings))
+
+    chosen = pipeline.settings().as_json()
+    for steps in (1, 2, 4):  # the first one warms up
         began = time.perf_counter()
-        references = [cutouts[job.subject.name] for job in batch]
-        told = {**given, "class_noun": [job.subject.class_noun for job in batch], "num_inference_steps": steps}
-        pipeline([job.prompt for job in batch], references, **told)
-        seconds.append(time.perf_counter() - began)
-    per_step = max(0.0, seconds[2] - seconds[1])
-    per_batch = seconds[1] + per_step * (given["num_inference_steps"] - 1)
+        pipeline([job.prompt for job in batch], references, **{**told, "num_inference_steps": steps})
+        seconds[steps] = time.perf_counter() - began
+    per_step = max(0.0, seconds[4] - seconds[2]) / (steps_of(4) - steps_of(2))
+    per_batch = seconds[4] + per_step * (steps_of(told["num_inference_steps"]) - steps_of(4))
     console.print(f"{count} images, on this machine about {per_batch * count / len(batch) / 60:.1f} minutes")
 
 

@@ -120,6 +120,8 @@ class Output:
     """For --subjects, I/N: draw the I-th of N equal parts (I from 0), on as many devices or machines."""
     reference_cache: float = 0.0
     """GiB of memory for what was read of references, to be used again."""
+    save_loops: bool = False
+    """Of a method that draws in loops: write each loop's picture into `OUT/loops`."""
 
     def check(self) -> None:
         if self.images_per_prompt < 1 or self.batch_size < 1:

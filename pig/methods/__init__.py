@@ -1,7 +1,8 @@
 """The registry of methods, and how a model is loaded whatever its method is.
 
-A method is one package with a `Pipeline` (a `SubjectPipeline`) and, if it is trained, a `Module` (a
-`PersonalisationModule`). A package is imported when its method is asked for, so that `--help` stays fast.
+A method is one package with a `Pipeline` (a `SubjectPipeline`); if it is trained, a `Module` (a
+`PersonalisationModule`); and if its authors have published weights, a `release.py` (`is_release`, `from_release`). A
+package is imported when its method is asked for, so that `--help` stays fast.
 
 On disk a model is *whole* (a diffusers pipeline folder) or a *delta*: the trained weights in `delta.safetensors`, and
 `delta.json`, which names method, base model (with a digest of its weights), settings and options.
@@ -13,12 +14,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pig.errors import InputError, check_named
@@ -31,6 +33,7 @@ from pig.models.backbone import (
     check_backbone,
     load_backbone,
 )
+from pig.models.weights import copy_weights, read_weights
 from pig.sampling.pipeline import METHOD_FILE, SubjectPipeline
 
 if TYPE_CHECKING:
@@ -138,6 +141,21 @@ def load_pipeline(model: str | Path, device: str | torch.device | None = None) -
         pipeline = _load_whole(source.folder, pipeline_class(source.method))
     pipeline.set_progress_bar_config(disable=None)
     return pipeline.to(device or default_device())
+
+
+def load_release(file: Path, base: str) -> SubjectPipeline:
+    """A model from a checkpoint of its authors' release, of whatever method.
+
+    Raises:
+        InputError: no method knows this file, or it does not fit the base model.
+    """
+    weights = read_weights(file)
+    for package in METHODS.values():
+        if find_spec(f"{package}.release") is not None:
+            release = import_module(f"{package}.release")
+            if release.is_release(weights):
+                return release.from_release(weights, load_backbone(base), base)
+    raise InputError(f"{file} is no checkpoint of a release known here: EZIGen's is its folder's model.safetensors")
 
 
 def load_module(checkpoint: Path) -> PersonalisationModule:
@@ -252,22 +270,8 @@ def _load_delta(folder: Path) -> SubjectPipeline:
         )
     kind = pipeline_class(delta.method)
     pipeline = kind.from_backbone(backbone, base=delta.base, settings=delta.settings, **delta.options)
-    try:
-        weights = load_file(folder / DELTA_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / DELTA_WEIGHTS} is missing or torn: {str(error).splitlines()[0]}") from error
-    wanted = dict(trained_weights(pipeline))
-    if wanted.keys() != weights.keys():
-        odd = sorted(wanted.keys() ^ weights.keys())
-        raise InputError(f"{folder / DELTA_WEIGHTS} is not of this method: {len(odd)} names differ, such as {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            if parameter.shape != weights[name].shape:
-                raise InputError(
-                    f"{folder / DELTA_WEIGHTS}: {name} has shape {tuple(weights[name].shape)}, wanted is "
-                    f"{tuple(parameter.shape)}"
-                )
-            parameter.copy_(weights[name])
+    file = folder / DELTA_WEIGHTS
+    copy_weights(read_weights(file), dict(trained_weights(pipeline)), file, "It is not of this method and base model")
     return pipeline
 
 

@@ -1,11 +1,13 @@
-"""What passes from a pipeline's call to its method: the call, checked, and what the method has read of it."""
+"""What passes between a pipeline and its method: the call, checked; what the method has read of it; what was drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import SchedulerMixin
+from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -19,7 +21,8 @@ class Call:
 
     prompts: P of them. references: the cut-outs (RGBA) of each prompt, equally many; none for a method that reads none.
     class_nouns: of each prompt, what its references show; "" where nobody says. scheduler: with the call's timesteps
-    set. known: the part of a picture that stays (inpainting).
+    set. known: the part of a picture that stays (inpainting). on_loop: for a method that draws in loops: is to be
+    called with the numbers of pictures and their latents as they are after the first run and after each loop.
     """
 
     prompts: list[str]
@@ -32,6 +35,7 @@ class Call:
     generator: Generator | list[Generator] | None
     on_step: OnStep
     known: KnownRegion | None = None
+    on_loop: Callable[[Sequence[int], Tensor], None] | None = None
 
     @property
     def count(self) -> int:
@@ -49,3 +53,11 @@ class Condition:
     text: Mapping[str, Tensor]
     weights: Mapping[str, float]
     steps: int
+
+
+@dataclass
+class Drawn(BaseOutput):
+    """images: as the call's `output_type` says. loops: where they are kept, of each picture its versions."""
+
+    images: Any
+    loops: list[list[Any]] | None = None

@@ -1,9 +1,10 @@
-"""Subject-driven inpainting (BootPIG, arXiv 2401.13974, appendix F): draw the subject into a part of a picture."""
+"""Draw the subject into a part of a picture: inpainting (BootPIG, arXiv 2401.13974, appendix F), and editing (EZIGen,
+arXiv 2409.08091, section 3.4)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
@@ -32,26 +33,31 @@ class KnownRegion:
     def __init__(self, vae: AutoencoderKL, image: Image.Image, mask: Image.Image, noise: Tensor) -> None:
         check_mask(image, mask)
         self.noise = noise
+        self.path: Mapping[int, Tensor] | None = None
         self.pixels = to_tensor(image)[None].to(noise.device)
         self.open = ((to_tensor(to_mask(mask))[None, :1] + 1) / 2).to(noise.device)  # (1, 1, H, W): 1 is drawn
         self.z_0 = encode_images(vae, self.pixels).to(noise.dtype)
         # A latent is drawn as soon as one of its pixels is.
         self.open_latents = F.max_pool2d(self.open, vae_scale(vae)).to(noise.dtype)
 
-    def of(self, pictures: Sequence[int]) -> KnownRegion:
-        """The same for some of the pictures that are drawn."""
+    def on_path(self, path: Mapping[int, Tensor]) -> KnownRegion:
+        """The same, its noisy latents taken from an inversion: timestep -> (1, 4, h, w)."""
         own = copy.copy(self)
-        own.noise = self.noise[list(pictures)]
+        own.path = path
         return own
+
+    def at(self, scheduler: SchedulerMixin, t: Tensor) -> Tensor:
+        """The picture's latents at noise level t."""
+        if self.path is not None:
+            return self.path[int(t)]
+        if float(scheduler.init_noise_sigma) != 1:  # x_0 + sigma epsilon, as in Euler's
+            return scheduler.add_noise(self.z_0.expand_as(self.noise), self.noise, t.view(1))
+        alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1).long())
+        return diffusion.add_noise(self.z_0, self.noise, alpha.to(self.noise), sigma.to(self.noise))
 
     def blend(self, latents: Tensor, scheduler: SchedulerMixin, t: Tensor | None) -> Tensor:
         """The latents with the known region at noise level t; None: free of noise."""
-        known = self.z_0.expand_as(latents)
-        if t is not None and float(scheduler.init_noise_sigma) != 1:  # x_0 + sigma epsilon, as in Euler's
-            known = scheduler.add_noise(known, self.noise, t.view(1))
-        elif t is not None:
-            alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1).long())
-            known = diffusion.add_noise(self.z_0, self.noise, alpha.to(latents), sigma.to(latents))
+        known = (self.z_0 if t is None else self.at(scheduler, t)).expand_as(latents)
         return torch.lerp(known, latents, self.open_latents)
 
     def paste(self, images: Tensor) -> Tensor:

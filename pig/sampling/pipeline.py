@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor, nn
@@ -31,12 +29,12 @@ from pig.models.backbone import (
     tokenize,
     vae_scale,
 )
-from pig.sampling.call import Call, Condition
+from pig.sampling.call import Call, Condition, Drawn
 from pig.sampling.guidance import combine, weights_at
 from pig.sampling.inpainting import KnownRegion
 from pig.sampling.loop import OnStep, denoise
 from pig.sampling.references import Picture, ReferenceCache, cut_outs_of
-from pig.sampling.settings import SamplingSettings, controls
+from pig.sampling.settings import SamplingSettings, signed
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +56,14 @@ class SubjectPipeline(DiffusionPipeline):
     without_references: ClassVar[Mapping[str, Any] | None] = None  # settings that promise the base model, bit for bit
     Settings: ClassVar[type[SamplingSettings]] = SamplingSettings
     reads_references: ClassVar[bool] = True
+    has_loops: ClassVar[bool] = False  # whether it draws a picture again and again
     denoiser: ClassVar[str] = "unet"  # the component that draws
 
     network: nn.Module  # with `trainable_parameters()`, by which deltas are written
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__call__ = _signed(SubjectPipeline.__call__, cls.Settings)  # type: ignore[method-assign]
+        cls.__call__ = signed(SubjectPipeline.__call__, cls.Settings)  # type: ignore[method-assign]
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
@@ -138,6 +137,10 @@ class SubjectPipeline(DiffusionPipeline):
                 on_step=on_step,
             )
 
+    def steps_of(self, settings: Any) -> int:
+        """How many steps of the loop a picture takes, at most."""
+        return settings.num_inference_steps
+
     def model_options(self) -> dict[str, Any]:
         """The options of `from_backbone` that this model was made with, as JSON."""
         return {}
@@ -183,6 +186,7 @@ class SubjectPipeline(DiffusionPipeline):
         generator: Generator | list[Generator] | None = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
+        keep_loops: bool = False,
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -205,6 +209,8 @@ class SubjectPipeline(DiffusionPipeline):
             latents: (N, 4, height / 8, width / 8), standard normal noise to start from, in place of the generator's.
             output_type: `pil`; `pt`: (N, 3, H, W) in [0, 1]; `np`: (N, H, W, 3) in [0, 1]; `latent`: (N, 4, h, w),
                 scaled.
+            keep_loops: of a method that draws in loops: return `loops` beside `images`: of each picture the first
+                version and that of every loop, the last one being the picture itself.
             callback_on_step_end: as in diffusers: called with this pipeline, step, t and `{"latents": ...}`, whose
                 latents it may replace. Setting `pipeline._interrupt = True` ends the drawing as it stands.
             settings: the method's controls; see its `Settings`.
@@ -217,6 +223,8 @@ class SubjectPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1 or not prompts:
             raise InputError("give at least one prompt and one image per prompt")
         check_named("output_type", output_type, ("pil", "pt", "np", "latent"))
+        if keep_loops and not self.has_loops:
+            raise InputError(f"keep_loops: {self.method} draws without loops")
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise InputError("callback_on_step_end_tensor_inputs: a step has `latents` and nothing else")
         chosen = self.settings(**settings)
@@ -247,6 +255,12 @@ class SubjectPipeline(DiffusionPipeline):
         nouns = [class_noun] * len(prompts) if isinstance(class_noun, str) else list(class_noun)
         if len(nouns) != len(prompts):
             raise InputError(f"{len(prompts)} prompts but {len(nouns)} class nouns")
+        loops: list[list[Any]] = [[] for _ in range(count)]
+
+        def on_loop(pictures: Sequence[int], latents: Tensor) -> None:
+            for one, version in zip(pictures, latents.split(1), strict=True):
+                loops[one].append(self._output(version, known, output_type)[0])
+
         call = Call(
             prompts=prompts,
             references=cutouts,
@@ -257,13 +271,14 @@ class SubjectPipeline(DiffusionPipeline):
             scheduler=scheduler,
             generator=generator,
             on_step=self._step_handler(callback_on_step_end),
+            on_loop=on_loop if keep_loops else None,
             known=known,
         )
         self._interrupt = False
         drawn = self.draw(noise, call, self.condition(call, chosen), chosen)
-        pictures = self._output(drawn, known, output_type)
+        found = Drawn(self._output(drawn, known, output_type), loops if keep_loops else None)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        return found if return_dict else found.to_tuple()
 
     @property
     def _unet(self) -> UNet2DConditionModel:
@@ -332,18 +347,3 @@ class SubjectPipeline(DiffusionPipeline):
             return to_images(images)
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).float().cpu().numpy()
-
-
-def _signed(call: Any, settings: type[SamplingSettings]) -> Any:
-    """The same function, whose signature shows the controls in place of `**settings`."""
-
-    @functools.wraps(call)
-    def own(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    shown = [one for one in inspect.signature(call).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    shown += [
-        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default) for one in controls(settings)
-    ]
-    own.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    return own

@@ -7,6 +7,7 @@ it is its help, `control` gives default and range.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -172,3 +173,18 @@ def _helps(settings: type) -> dict[str, str]:
         for one in docstring_parser.parse_from_object(base).params:
             found[one.arg_name] = " ".join((one.description or "").split())
     return found
+
+
+def signed(call: Any, settings: Any) -> Any:
+    """The same function, whose signature shows the controls in place of `**settings`."""
+
+    @functools.wraps(call)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    shown = [one for one in inspect.signature(call).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    shown += [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default) for one in controls(settings)
+    ]
+    own.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return own

@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pig.commands.app.studio import MAX_IMAGES, Studio
+from pig.commands.app.studio import MAX_IMAGES, Pictures, Studio
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
 from pig.models.backbone import TOYWORLD
@@ -80,7 +80,7 @@ def build_page(studio: Studio) -> Any:
         request: gr.Request,
         progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
         *values: Any,
-    ) -> list[tuple[Image.Image, str]]:
+    ) -> tuple[Pictures, Pictures]:
         cut = studio.pipeline.cut_off(prompt or "")
         if cut:
             gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
@@ -127,6 +127,8 @@ def build_page(studio: Studio) -> Any:
                     widgets = [widget(one, own[one.name]) for one in known]
             with gr.Column():
                 drawn = gr.Gallery(label="Images", columns=2, object_fit="contain", elem_id="images")
+                with gr.Accordion("Loop by loop", open=False, visible=studio.pipeline.has_loops):
+                    loops = gr.Gallery(show_label=False, columns=4, object_fit="contain", elem_id="loops")
                 with gr.Accordion("Draw into a picture", open=False):
                     gr.Markdown("Give a picture, and paint over what shall be drawn anew.")
                     picture = gr.Image(type="pil", sources=["upload"], label="Picture", height=240, elem_id="picture")
@@ -149,7 +151,7 @@ def build_page(studio: Studio) -> Any:
             change(cut_out, looks, shown, concurrency_limit=1, concurrency_id="model")
         inputs = [*looks, prompt, count, seed, picture, painting, *widgets]
         drawing = [
-            event(draw, inputs, drawn, concurrency_limit=1, concurrency_id="model")
+            event(draw, inputs, [drawn, loops], concurrency_limit=1, concurrency_id="model")
             for event in (start.click, prompt.submit)
         ]
 

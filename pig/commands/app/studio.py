@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pig.sampling.references import ReferenceCache
 
 MAX_REFERENCES, MAX_IMAGES = 8, 8
 CACHE_BYTES = 2**29
+Pictures = list[tuple[Image.Image, str]]  # with what is written below them
 
 
 class Studio:
@@ -80,8 +82,9 @@ class Studio:
         seed: int,
         hole: dict[str, Any],
         **settings: Any,
-    ) -> list[tuple[Image.Image, str]]:
-        """Images with their seeds. `hole`: see there; `settings`: the model's controls."""
+    ) -> tuple[Pictures, Pictures]:
+        """Images with their seeds; and of a method that draws in loops, each loop's picture. `hole`: see there;
+        `settings`: the model's controls."""
         if not prompt or not prompt.strip():
             raise InputError("an empty prompt: say what shall be drawn")
         if not 1 <= count <= MAX_IMAGES:
@@ -89,30 +92,38 @@ class Studio:
         if seed is None or not 0 <= seed <= SEEDS - count:
             raise InputError("the seed must be a whole number from 0 on, below 2^32")
         cancelled = self._cancelled[session] = threading.Event()
-        total = self.pipeline.settings(**settings).num_inference_steps
+        total, done = self.pipeline.steps_of(self.pipeline.settings(**settings)), itertools.count(1)
 
         def after_step(pipeline: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
-            progress((step + 1) / total, desc=f"step {step + 1} of {total}")
+            number = next(done)
+            progress(number / total, desc=f"step {number} of {total}")
             pipeline._interrupt = cancelled.is_set()
             return given
 
         seeds = range(int(seed), int(seed) + int(count))
         try:
-            images = self.pipeline(
+            drawn = self.pipeline(
                 prompt,
                 cutouts,
                 class_noun=noun,
                 num_images_per_prompt=int(count),
                 generator=[torch.Generator().manual_seed(one) for one in seeds],
                 callback_on_step_end=after_step,
+                keep_loops=self.pipeline.has_loops,
                 **hole,
                 **settings,
-            ).images
+            )
         finally:
             self._cancelled.pop(session, None)
         if cancelled.is_set():
             raise InputError("cancelled")
-        return [(image, f"seed {one}") for image, one in zip(images, seeds, strict=True)]
+        images = [(image, f"seed {one}") for image, one in zip(drawn.images, seeds, strict=True)]
+        loops = [
+            (version, f"seed {one}, " + (f"after loop {number}" if number else "before the loops"))
+            for one, versions in zip(seeds, drawn.loops or [[]] * count, strict=True)
+            for number, version in enumerate(versions)
+        ]
+        return images, loops
 
     def cancel(self, session: str) -> None:
         if session in self._cancelled:

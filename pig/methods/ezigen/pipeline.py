@@ -1,5 +1,5 @@
-"""Generate images with EZIGen (arXiv 2409.08091, section 3.3): lay the scene out by text, then transfer the subject's
-appearance into it, again and again."""
+"""Generate and edit images with EZIGen (arXiv 2409.08091, sections 3.3 and 3.4): lay the scene out by text, or take a
+picture that is given, then transfer the subject's appearance into it, again and again."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pig.models.backbone import TOYWORLD, Backbone, SchedulerName, decode_latent
 from pig.models.encoders import Clip, load_clip
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import branch_weights, classifier_free
+from pig.sampling.inversion import invert
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import reference_reader
 from pig.sampling.settings import SamplingSettings, control
@@ -51,7 +52,8 @@ class EZIGenSettings(SamplingSettings):
     similarity_stop: float = control(0.99, -1, 1, slider=(0.8, 1))
     """Of the stop rule: a picture is finished when its CLIP similarity to the one before reaches this."""
     renoise_timestep: int | None = control(None, 0, 999)
-    """The timestep to which pictures are noised again; by default that of the first transfer step. The release: 400."""
+    """The timestep to which pictures are noised again; by default that of the first transfer step (release:
+    400). Editing does without."""
     adapter_scale: float = control(1.0, 0, 2)
     """Of what the adapters add: 0 is the base model alone."""
     transfer_everywhere: bool = control(False)
@@ -59,11 +61,17 @@ class EZIGenSettings(SamplingSettings):
     image_guidance: float = control(1.0, 0, 1000, slider=(0, 15))
     """How closely to follow the references in the transfer: eta_im of BootPIG's Eq. 4. 1 is the paper's: features in
     both branches."""
+    editing_guidance: float = control(2.0, 0, 1000, slider=(0, 15))
+    """How closely to follow the prompt where a picture is edited, in place of `text_guidance`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_loops > self.max_loops:
             raise InputError(f"min_loops={self.min_loops} is above max_loops={self.max_loops}")
+
+    def first_transfer(self, steps: int) -> int:
+        """The number of the first transfer step."""
+        return 0 if self.transfer_everywhere else round(self.layout_share * steps)
 
 
 @dataclass(eq=False)
@@ -105,6 +113,7 @@ class EZIGenPipeline(SubjectPipeline):
     method = "ezigen"
     Settings = EZIGenSettings
     without_references: ClassVar = {"adapter_scale": 0.0, "scheduler": "unipc"}
+    has_loops = True
     network: EZIGenNet
 
     def __init__(
@@ -161,20 +170,30 @@ class EZIGenPipeline(SubjectPipeline):
         own = {name: self.config[name] for name in ("reference_timestep", "clip")}
         return {**own, "double_residual": self.adapters.config.double_residual}
 
+    def steps_of(self, settings: EZIGenSettings) -> int:
+        steps = settings.num_inference_steps
+        if settings.transfer_everywhere or settings.adapter_scale == 0:
+            return steps
+        return steps + most_loops(settings) * (steps - settings.first_transfer(steps))
+
     def condition(self, call: Call, settings: EZIGenSettings) -> EZIGenCondition:
-        steps = len(call.scheduler.timesteps)
-        if settings.loops is None and settings.adapter_scale > 0 and not settings.transfer_everywhere:
+        steps, edits = len(call.scheduler.timesteps), call.known is not None
+        first = settings.first_transfer(steps)
+        if edits and (first == steps or most_loops(settings) == 0):
+            raise InputError("editing needs a transfer: layout_share below 1, and at least one loop")
+        if settings.loops is None and (edits or (settings.adapter_scale > 0 and not settings.transfer_everywhere)):
             self._clip = self._clip or self._load_clip()  # not found missing after the first picture
         references = self._read(call, settings) if settings.adapter_scale > 0 else None
         rows = 1 if references is None else len(next(iter(references.features.values())))
+        guidance = settings.editing_guidance if edits else settings.text_guidance
         return EZIGenCondition(
             text=self.encode_prompts(call, settings),
-            weights=branch_weights(settings.image_guidance, settings.text_guidance),
+            weights=branch_weights(settings.image_guidance, guidance),
             steps=steps,
-            layout=classifier_free(settings.text_guidance),
+            layout=classifier_free(guidance),
             references=references,
             group_of=[one * rows // call.count for one in range(call.count)],
-            first=0 if settings.transfer_everywhere else round(settings.layout_share * steps),
+            first=first,
         )
 
     def _read(self, call: Call, settings: EZIGenSettings) -> ScaledReferences:
@@ -219,45 +238,69 @@ class EZIGenPipeline(SubjectPipeline):
         return self.network(*self.stacked(latents, t, names, condition), references)
 
     def draw(self, noise: Tensor, call: Call, condition: EZIGenCondition, settings: EZIGenSettings) -> Tensor:
-        """Layout and a first transfer; then loops of noising again and transfer, in which pictures that have converged
-        stay as they are."""
-        latents = super().draw(noise, call, condition, settings)
-        if settings.transfer_everywhere or condition.references is None or condition.first == condition.steps:
-            return latents
-        most = settings.max_loops if settings.loops is None else settings.loops
-        active = list(range(call.count))
-        before = self._seen(latents) if settings.loops is None else None
+        """A first picture by layout and transfer, or the one to be edited; then loops, each back to the
+        noise level of the layout and through the transfer again, which pictures leave when they have converged."""
+        active, most = list(range(call.count)), most_loops(settings)
+        if call.known is None:
+            latents = super().draw(noise, call, condition, settings)
+            if settings.transfer_everywhere or condition.references is None or condition.first == condition.steps:
+                most = 0
+        else:
+            latents = call.known.z_0.expand_as(noise).clone()
+            path = self._inverted(call.known.z_0, call, condition)
+            call = replace(call, known=call.known.on_path(path))
+        self._keep(call, active, latents)
+        before = self._seen(latents) if settings.loops is None and most else None
         for loop in range(most):
             if not active or self._interrupt:
                 break
-            again = self._transfer(latents[active], active, call, condition.of(active), settings)
-            latents = latents.index_copy(0, torch.tensor(active, device=latents.device), again)
+            now = self._transfer(latents[active], active, loop, call, condition.of(active), settings)
+            latents = latents.index_copy(0, torch.tensor(active, device=latents.device), now)
+            self._keep(call, active, now)
             if before is not None:
-                now = self._seen(again)
-                alike = F.cosine_similarity(now, before[active]).tolist()
-                before[active] = now
+                seen = self._seen(now)
+                alike = F.cosine_similarity(seen, before[active]).tolist()
+                before[active] = seen
                 active = going_on(active, alike, loop + 1, settings)
         return latents
+
+    @staticmethod
+    def _keep(call: Call, pictures: Sequence[int], latents: Tensor) -> None:
+        if call.on_loop is not None:
+            call.on_loop(pictures, latents)
 
     def _transfer(
         self,
         latents: Tensor,
         pictures: Sequence[int],
+        loop: int,
         call: Call,
         condition: EZIGenCondition,
         settings: EZIGenSettings,
     ) -> Tensor:
-        """Noise finished pictures again, and run the transfer steps over them."""
+        """Bring finished pictures back to the layout's noise level, and run the transfer steps over them."""
         generator = call.generator
         if isinstance(generator, list):
             generator = [generator[one] for one in pictures]
-        known = None if call.known is None else call.known.of(pictures)
         t = int(call.scheduler.timesteps[condition.first])
-        t = t if settings.renoise_timestep is None else settings.renoise_timestep
-        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        noised = self.scheduler.add_noise(latents, noise, torch.tensor([t] * len(latents), device=latents.device))
-        own = replace(call, generator=generator, known=known)
-        return self.denoise(noised, own, condition, settings, first=condition.first)
+        if call.known is None:
+            t = t if settings.renoise_timestep is None else settings.renoise_timestep
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            back = self.scheduler.add_noise(latents, noise, torch.tensor([t] * len(latents), device=latents.device))
+        elif loop == 0:  # the picture itself, inverted already
+            back = call.known.at(call.scheduler, torch.tensor(t)).expand_as(latents)
+        else:
+            back = self._inverted(latents, call, condition)[t]
+        return self.denoise(back, replace(call, generator=generator), condition, settings, first=condition.first)
+
+    def _inverted(self, latents: Tensor, call: Call, condition: EZIGenCondition) -> dict[int, Tensor]:
+        """Section 3.4: from pictures back to the first transfer step, by the UNet alone and the empty prompt."""
+        empty = self.encode_text([""])
+
+        def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+            return self.network(z, t.expand(len(z)), empty.expand(len(z), -1, -1))
+
+        return invert(predict, latents, call.scheduler, call.scheduler.timesteps[condition.first :])
 
     def _load_clip(self) -> Clip:
         try:
@@ -273,6 +316,10 @@ class EZIGenPipeline(SubjectPipeline):
             self._clip = self._load_clip()
         images = [to_images(decode_latents(self.vae, one))[0] for one in latents.split(1)]
         return self._clip.images(images)
+
+
+def most_loops(settings: EZIGenSettings) -> int:
+    return settings.max_loops if settings.loops is None else settings.loops
 
 
 def going_on(active: Sequence[int], alike: Sequence[float], done: int, settings: EZIGenSettings) -> list[int]:

@@ -11,7 +11,7 @@ from pig.toyworld.stages import vae as first
 class VAEStage(first.VAEStage):
     """The first edition's loss, longer and a little wider: emblems and accessories are small."""
 
-    steps, scenes, channels = 7000, 24_000, (32, 64, 96)
+    steps, scenes, channels = 5000, 24_000, (32, 64, 96)
 
     @staticmethod
     def pictures(count: int, first_seed: int) -> Tensor:

@@ -1,0 +1,44 @@
+"""Weights in safetensors files, and into the parameters that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pig.errors import InputError
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """
+    Raises:
+        InputError: no such file, a torn one, or one in another format.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is missing, torn, or no safetensors file: {str(error).splitlines()[0]}") from error
+
+
+def copy_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str | Path, otherwise: str) -> None:
+    """Copy weights of the same names and shapes.
+
+    Args:
+        where: they come from. otherwise: what to do where they do not fit, for the message.
+
+    Raises:
+        InputError: names or shapes differ.
+    """
+    if own.keys() != given.keys():
+        odd = sorted(own.keys() ^ given.keys())
+        raise InputError(f"{where}: {len(odd)} names differ, such as {odd[0]}. {otherwise}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != given[name].shape:
+                shapes = f"has shape {tuple(given[name].shape)}, wanted is {tuple(tensor.shape)}"
+                raise InputError(f"{where}: {name} {shapes}. {otherwise}")
+            tensor.copy_(given[name])
