@@ -71,6 +71,7 @@ bench-training: .venv/.ready ## what a training sample costs, naive and ours, an
 
 bench-sampling: .venv/.ready ## what an image costs, naive, ours and plain: seconds, FLOPs, memory, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.sampling
+	$(BIN)/python -W ignore -m benchmarks.ezigen
 
 toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
 	for stage in vae clip vision dino sam unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done

@@ -98,11 +98,9 @@ def our_step(
     return model.sample(latents.repeat(3, 1, 1, 1), t.expand(3 * count), conditions, references)[0]
 
 
-def toy_pipeline(references: int) -> tuple[BootPIGPipeline, list[Image.Image]]:
-    pipeline = BootPIG("toyworld", reference_caption="object").pipeline()
+def toy_references(count: int) -> list[Image.Image]:
     subject = scene.make_subject(scene.HELD_OUT_SEED, "mug")
-    drawings = [scene.draw(subject, "sea", i, 64) for i in range(max(1, references))]
-    return pipeline, [Image.fromarray(one.reference()) for one in drawings]
+    return [Image.fromarray(scene.draw(subject, "sea", i, 64).reference()) for i in range(count)]
 
 
 def ours(
@@ -136,7 +134,8 @@ def plain(pipeline: BootPIGPipeline, images: int, steps: int) -> None:
 
 def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any]:
     """Seconds, FLOPs and peak memory of the toy's pictures, after a warm-up. way: also a rung of `LADDER`."""
-    pipeline, pictures = toy_pipeline(references)
+    pipeline = BootPIG("toyworld", reference_caption="object").pipeline()
+    pictures = toy_references(max(1, references))
     prepare, more = LADDER.get(way, (None, {}))
     if prepare is not None:
         prepare(pipeline)

@@ -40,7 +40,8 @@ class Adapters(ModelMixin, ConfigMixin):
         )
         for name, layer in made.by_block().items():
             layer.start_as(blocks[name])
-        return made.to(unet.device, unet.dtype)
+        nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
+        return made
 
     def by_block(self) -> dict[str, ReferenceAdapter]:
         return {name.replace("/", "."): layer for name, layer in self.layers.items()}  # type: ignore[misc]
