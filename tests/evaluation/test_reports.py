@@ -146,12 +146,16 @@ def test_the_plane_shows_every_setting_apart() -> None:
 def test_a_sweep_of_settings(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sweep, "SEEDS", (0,))
     monkeypatch.setattr(sweep, "USUAL", {**sweep.USUAL, "num_inference_steps": 2})
-    tables = {"Guidance": {"1 / 1.5": (1, "unipc", {"image_guidance": 1.0})}, "Scheduler": {"ddim": (2, "ddim", {})}}
-    monkeypatch.setattr(sweep, "TABLES", tables)
+    tables = {
+        "Guidance": {"1 / 1.5": {"image_guidance": 1.0}},
+        "Scheduler": {"ddim": {"references": 2, "scheduler": "ddim"}},
+    }
+    usual = sweep.METHODS["bootpig"][0]
+    monkeypatch.setitem(sweep.METHODS, "bootpig", (usual, {}, tables))
     monkeypatch.setattr("sys.argv", ["sweep", "--out", str(tmp_path), "--subjects", "3"])
     sweep.main()
     found = json.loads((tmp_path / "sweep.json").read_text())
-    assert set(found) == {sweep.USUAL_NAME, "1 / 1.5", "ddim"}
+    assert set(found) == {usual, "1 / 1.5", "ddim"}
     assert all(len(scores["dino"]) == 3 for scores in found.values())
     text = (tmp_path / "sweep.md").read_text()
     scores = found["ddim"]["dino"]
