@@ -117,6 +117,15 @@ def test_what_editing_needs(pipe, cutouts, hole) -> None:
     assert not torch.allclose(base, edit(pipe, cutouts, hole).images)
 
 
+def test_photographs_of_any_size(pipe, cutouts) -> None:
+    source = np.random.default_rng(0).integers(0, 255, (120, 200, 3), dtype=np.uint8)
+    mask = Image.new("L", (200, 120))
+    mask.paste(255, (40, 30, 130, 100))
+    drawn = edit(pipe, cutouts, {"image": Image.fromarray(source), "mask_image": mask}, output_type="pil").images[0]
+    assert drawn.size == (200, 120)
+    assert np.array_equal(np.asarray(drawn)[np.asarray(mask) == 0], source[np.asarray(mask) == 0])
+
+
 def test_the_picture_of_each_loop(pipe, cutouts) -> None:
     told = {"num_inference_steps": 5, "class_noun": "mug", "num_images_per_prompt": 2, "loops": 2}
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]

@@ -8,13 +8,12 @@ import torch
 from conftest import embedded
 from PIL import Image, ImageFilter
 
+from benchmarks.editing import BOX, box_mask, toy_scene
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIGPipeline
 from pig.models.encoders import DinoEncoder
-from pig.toyworld import scene
 
 GUIDANCE = {"image_guidance": 5.0, "text_guidance": 1.5}
-BOX = (12, 16, 52, 56)
 
 
 @pytest.fixture(scope="module")
@@ -22,32 +21,11 @@ def pipe() -> BootPIGPipeline:
     return embedded()
 
 
-def toy_scene(number: int) -> tuple[Image.Image, Image.Image, str]:
-    """A picture of one subject, the cut-out of another of the same category, and a prompt for both."""
-    category = scene.CATEGORIES[number % len(scene.CATEGORIES)]
-    host = scene.make_subject(scene.HELD_OUT_SEED + 500 + number, category=category)
-    guest = scene.make_subject(scene.HELD_OUT_SEED + number, category=category)
-    background = scene.held_out_background(category)
-    picture = scene.draw(host, background, scene.HELD_OUT_SEED * 3 + number).image
-    cutout = scene.draw(guest, scene.training_background(category, number), scene.HELD_OUT_SEED * 5 + number)
-    return (
-        Image.fromarray(picture).resize((64, 64)),
-        Image.fromarray(cutout.reference()),
-        scene.caption(category, background),
-    )
-
-
-def box_mask(box=BOX, size=(64, 64)) -> Image.Image:
-    mask = Image.new("L", size)
-    mask.paste(255, box)
-    return mask
-
-
 def test_the_subject_appears_in_the_mask_and_nothing_changes_outside(pipe) -> None:
     dino, gains = DinoEncoder("toyworld"), []
     outside = np.asarray(box_mask()) == 0
     for number in (0, 3, 6, 7):
-        picture, cutout, prompt = toy_scene(number)
+        picture, cutout, prompt, _ = toy_scene(number)
         drawn = pipe(
             prompt,
             [cutout],
@@ -67,7 +45,7 @@ def test_the_subject_appears_in_the_mask_and_nothing_changes_outside(pipe) -> No
 
 @pytest.mark.parametrize("scheduler", ["unipc", "ddim", "dpm++"])
 def test_soft_masks_mix_and_every_scheduler_keeps_the_rest(pipe, scheduler) -> None:
-    picture, cutout, prompt = toy_scene(6)
+    picture, cutout, prompt, _ = toy_scene(6)
     mask = box_mask().filter(ImageFilter.GaussianBlur(4))
     options = {"num_inference_steps": 4, "scheduler": scheduler, **GUIDANCE}
     drawn = pipe(prompt, [cutout], image=picture, mask_image=mask, **options).images[0]
@@ -82,7 +60,7 @@ def test_soft_masks_mix_and_every_scheduler_keeps_the_rest(pipe, scheduler) -> N
 def test_photographs_of_any_size_run_several_prompts_and_images(pipe) -> None:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (120, 200, 3), dtype=np.uint8))
-    _, cutout, prompt = toy_scene(6)
+    _, cutout, prompt, _ = toy_scene(6)
     mask = box_mask((40, 30, 130, 100), picture.size)
     drawn = pipe(
         [prompt, "a photo of a car, in space"],
@@ -99,7 +77,7 @@ def test_photographs_of_any_size_run_several_prompts_and_images(pipe) -> None:
 
 
 def test_mistakes_are_named(pipe) -> None:
-    picture, cutout, prompt = toy_scene(6)
+    picture, cutout, prompt, _ = toy_scene(6)
     for options, message in [
         ({"image": picture}, "both the picture .* and its mask"),
         ({"image": picture, "mask_image": box_mask(size=(32, 64))}, r"mask is \(32, 64\), the picture \(64, 64\)"),
