@@ -1,6 +1,6 @@
 """What each setting of the sampling does to the scores, on the toy world: `make sweep`.
 
-    python -m benchmarks.sweep [--out runs/sweep] [--subjects 50] [--model toyworld] [--beside MODEL]
+    python -m benchmarks.sweep [--out runs/sweep] [--subjects 50] [--seeds 3] [--model toyworld] [--beside MODEL]
 
 50 held-out subjects, each under the one background that no training picture of its category has, three seeds; one
 setting changed at a time: BootPIG's settings, or EZIGen's where the model is one. `--beside`: a BootPIG, to be scored
@@ -27,7 +27,6 @@ from pig.evaluation.figures import Point, plane_svg
 from pig.evaluation.statistics import interval
 from pig.methods import find_model, load_pipeline
 
-SEEDS = (0, 1, 2)
 USUAL: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20, "scheduler": "unipc"}
 IMAGE_GUIDANCE, TEXT_GUIDANCE = (1.0, 3.0, 5.0, 7.0), (1.0, 1.5, 3.0)
 FASTER = {"reference_every": 2, "deep_every": 2}
@@ -92,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--subjects", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", default="toyworld")
     parser.add_argument("--beside")
     chosen = parser.parse_args()
@@ -100,7 +100,7 @@ def main() -> None:
     usual, first, tables = METHODS[find_model(chosen.model).method]
     draw_subjects(out / "subjects", chosen.subjects, 64)
     subjects = read_subjects(out / "subjects")
-    jobs = held_out_jobs(subjects, SEEDS)
+    jobs = held_out_jobs(subjects, range(chosen.seeds))
     pipeline, scorer = load_pipeline(chosen.model), toy_scorer(out / "eval")
     rows = {name: (pipeline, told) for table in ({usual: first}, *tables.values()) for name, told in table.items()}
     if chosen.beside is not None:

@@ -89,7 +89,7 @@ class Encoder:
 
     def _augmented(self, triplet: Triplet, variant: int) -> Tensor:
         rng = np.random.default_rng([zlib.crc32(triplet.key.encode()), variant])
-        return to_tensor(self.augmentation(triplet.reference, self.resolution, rng))
+        return to_tensor(self.augmentation(triplet.reference, triplet.target, self.resolution, rng))
 
     def moments(self, pictures: Iterable[Tensor]) -> np.ndarray:
         """(B, 8, h, w) of B pictures (3, H, W)."""

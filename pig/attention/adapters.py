@@ -1,10 +1,19 @@
-"""A layer between `attn1` and `attn2` that attends to references (EZIGen, arXiv 2409.08091, Eq. 4).
+"""Layers between `attn1` and `attn2` that attend to references.
+
+`ReferenceAdapter` (EZIGen, arXiv 2409.08091, Eq. 4):
 
     c = LayerNorm(h);  K = [c ; s f_1 ; ... ; s f_k];  a = W_o softmax(q(c) k(K)^T / sqrt(C / heads)) v(K);  h' = h + a
 
 h: what comes out of `attn1` with its residual, (B, N, C); f_j: the same block's `attn1` input for reference j; s: a
-learnt scalar. The layer stands in diffusers' own slot for such a one, the block's `fuser` (GLIGEN's), and is handed its
-context through the slot's argument, so a call without one is the plain UNet, bit for bit.
+learnt scalar. `GatedAdapter` (InstantBooth, arXiv 2304.03411, Eq. 3):
+
+    y' = y + beta tanh(gamma) S([y, f_p])
+
+y: as h; f_p: tokens of the references, (B, M, C); S: self-attention, of which the first N tokens are kept; gamma: a
+learnt scalar, 0 at the start.
+
+A layer stands in diffusers' own slot for such a one, the block's `fuser` (GLIGEN's), and is handed its context through
+the slot's argument, so a call without one is the plain UNet, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import Tensor, cat, nn, ones
+from torch import Tensor, cat, nn, ones, zeros
 
 from pig.attention.merged import MergedReferences, merged_self_attention
 from pig.attention.reference import References, reference_self_attention
@@ -86,7 +95,39 @@ class ReferenceAdapter(nn.Module):
         )
 
 
-def install_adapters(unet: UNet2DConditionModel, adapters: Mapping[str, ReferenceAdapter]) -> None:
+@dataclass(eq=False)
+class PatchTokens:
+    """What gated adapters attend to.
+
+    tokens: width of a block -> f_p, (P, M, C); each of the P groups serves equally many samples. beta: of the adapters.
+    plain: so many samples at the head of the batch pass the adapters by.
+    """
+
+    tokens: Mapping[int, Tensor]
+    beta: float = 1.0
+    plain: int = 0
+
+
+class GatedAdapter(nn.Module):
+    """The layer of one block. It starts as no layer at all, gamma = 0."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+        self.gamma = nn.Parameter(zeros(()))
+
+    def forward(self, y: Tensor, context: PatchTokens) -> Tensor:
+        """y: (B, N, C) -> (B, N, C)."""
+        plain, own = y[: context.plain], y[context.plain :]
+        f_p = context.tokens[self.width]
+        f_p = f_p.repeat_interleave(len(own) // len(f_p), dim=0).to(own.dtype)
+        changed = own + (context.beta * self.gamma.tanh() * reference_self_attention(self, own, f_p)).to(own.dtype)
+        return cat([plain, changed]) if context.plain else changed
+
+
+def install_adapters(unet: UNet2DConditionModel, adapters: Mapping[str, nn.Module]) -> None:
     """Put each adapter into its block, beside the module system: the UNet saves and loads as if it were not there.
 
     (Registered there, they would be saved with the UNet, and dropped when it is loaded.)
@@ -96,7 +137,7 @@ def install_adapters(unet: UNet2DConditionModel, adapters: Mapping[str, Referenc
     object.__setattr__(unet, "position_net", _pass_through)
 
 
-def adapter_arguments(context: References | ScaledReferences | None) -> dict[str, Any] | None:
+def adapter_arguments(context: References | ScaledReferences | PatchTokens | None) -> dict[str, Any] | None:
     """`cross_attention_kwargs` of a UNet whose adapters are to see this context; None: they are passed by."""
     return None if context is None else {"gligen": {"context": context}}
 

@@ -89,9 +89,10 @@ class TripletDataset(IterableDataset[Batch]):
                 "so, or encode the triplets again"
             )
         wanted = self.augmentation.as_json()
-        if encoded["variants"] and encoded["augmentation"] != wanted:
+        made = {**ReferenceAugmentation().as_json(), **(encoded["augmentation"] or {})}
+        if encoded["variants"] and made != wanted:
             raise InputError(
-                f"the references were encoded augmented by {encoded['augmentation']}, data.augmentation is {wanted}: "
+                f"the references were encoded augmented by {made}, data.augmentation is {wanted}: "
                 "set it so, or encode the triplets again"
             )
 
@@ -200,7 +201,8 @@ class TripletDataset(IterableDataset[Batch]):
         rng = np.random.default_rng(seed)
         if isinstance(triplet.reference, np.ndarray):  # N variants
             return torch.from_numpy(triplet.reference[rng.integers(len(triplet.reference))]).float()
-        return to_tensor(self.augmentation(triplet.reference, self.resolution, rng))
+        target = triplet.target if isinstance(triplet, Triplet) else None
+        return to_tensor(self.augmentation(triplet.reference, target, self.resolution, rng))
 
 
 class ResumableLoader(DataLoader[Batch]):

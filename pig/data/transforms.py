@@ -7,7 +7,7 @@ import struct
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from pig.errors import InputError
+from pig.errors import InputError, check_named, check_ranges
 
-WHITE = (255, 255, 255)
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+BLACK: Colour = (0, 0, 0)
+Background = Literal["white", "black", "own"]
 MAX_PIXELS = 80 * 10**6  # below PIL's own limit against decompression bombs; a picture of that size takes 320 MB
 # What PIL raises for files that are no pictures, or damaged ones (a broken PNG is a SyntaxError to it).
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -97,37 +100,45 @@ def crop_to_object(reference: Image.Image) -> Image.Image:
     return reference.crop(box) if box else reference
 
 
-def place_on_white(cropped: Image.Image, size: int, scale: float, x: float = 0.5, y: float = 0.5) -> Image.Image:
-    """An RGBA object on a white square of `size` pixels, its longer side `scale` of it; (x, y) in [0, 1]: where."""
+def place(
+    cropped: Image.Image, size: int, scale: float, x: float = 0.5, y: float = 0.5, background: Colour = WHITE
+) -> Image.Image:
+    """An RGBA object on a square of `size` pixels, its longer side `scale` of it; (x, y) in [0, 1]: where."""
     ratio = scale * size / max(cropped.size)
     width, height = (max(1, round(side * ratio)) for side in cropped.size)
     # Premultiplied, so that colours under alpha = 0 do not bleed into the edges.
     resized = cropped.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
-    canvas = Image.new("RGB", (size, size), WHITE)
+    canvas = Image.new("RGB", (size, size), background)
     canvas.paste(resized, (round(x * (size - width)), round(y * (size - height))), resized)
     return canvas
 
 
-def reference_picture(cutout: Image.Image, size: int) -> Image.Image:
-    """A reference for generation: box crop, square pad, on white, filling the frame."""
-    return place_on_white(crop_to_object(cutout), size, scale=1.0)
+def reference_picture(cutout: Image.Image, size: int, background: Colour = WHITE) -> Image.Image:
+    """A reference for generation: box crop, square pad, filling the frame."""
+    return place(crop_to_object(cutout), size, scale=1.0, background=background)
 
 
 @dataclass
 class ReferenceAugmentation:
-    """What happens to a reference in training (section 4.1): resized, flipped, moved on white.
+    """What happens to a reference in training (section 4.1): resized, flipped, moved on white; for other methods more.
 
     Attributes:
         scale: range of the object's longer side, as a share of the frame; (1, 1) keeps it filling the frame.
         flip: probability of a horizontal flip.
         jitter: probability of a colour jitter of (.2, .2, .2, .05) (authors' release: 0.1).
         erasing: probability that a white box of 2 to 25 % of the area covers a part (authors' release: 0.4).
+        rotation: by up to so many degrees, either way.
+        crop: of each side of the object, up to this share is cut off.
+        background: `white`, `black`, or `own`: what is around the object in the target.
     """
 
     scale: tuple[float, float] = (0.4, 1.0)
     flip: float = 0.5
     jitter: float = 0.0
     erasing: float = 0.0
+    rotation: float = 0.0
+    crop: float = 0.0
+    background: Background = "white"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -135,16 +146,30 @@ class ReferenceAugmentation:
         for name in ("flip", "jitter", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"augmentation.{name} is a probability, got {getattr(self, name)}")
+        check_ranges(**{"augmentation.rotation": (self.rotation, 0, 180), "augmentation.crop": (self.crop, 0, 0.45)})
+        check_named("augmentation.background", self.background, get_args(Background))
 
     def as_json(self) -> dict[str, Any]:
         """Its settings as JSON gives them back, for comparison with those of encoded shards."""
         return json.loads(json.dumps(asdict(self)))
 
-    def __call__(self, reference: Image.Image, size: int, rng: Generator) -> Image.Image:
-        """RGBA cut-out -> RGB square of `size` pixels."""
+    def __call__(self, reference: Image.Image, target: Image.Image | None, size: int, rng: Generator) -> Image.Image:
+        """RGBA cut-out -> RGB square of `size` pixels. target: what it was cut out of; only `own` asks for it."""
         scale, x, y = rng.uniform(*self.scale), rng.random(), rng.random()
         flip, jitter, erasing = rng.random(3) < (self.flip, self.jitter, self.erasing)
-        picture = place_on_white(crop_to_object(reference), size, scale, x, y)
+        reference = surroundings(reference, target) if self.background == "own" else crop_to_object(reference)
+        if self.crop:
+            left, top, right, bottom = rng.uniform(0, self.crop, 4)
+            width, height = reference.size
+            reference = reference.crop(
+                (int(left * width), int(top * height), width - int(right * width), height - int(bottom * height))
+            )
+        if self.rotation:
+            turned = reference.convert("RGBa").rotate(
+                rng.uniform(-self.rotation, self.rotation), Image.Resampling.BICUBIC, expand=True
+            )
+            reference = crop_to_object(turned.convert("RGBA"))
+        picture = place(reference, size, scale, x, y, BLACK if self.background == "black" else WHITE)
         if flip:
             picture = ImageOps.mirror(picture)
         if jitter:
@@ -158,6 +183,17 @@ class ReferenceAugmentation:
             at = (int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1)))
             picture.paste(WHITE, (*at, at[0] + width, at[1] + height))
         return picture
+
+
+def surroundings(reference: Image.Image, target: Image.Image | None) -> Image.Image:
+    """The object's box with what is around it, from the target that it was cut out of."""
+    if target is None or reference.size != target.size:
+        raise InputError(
+            "augmentation.background=own needs the targets' pixels (not encoded shards), and references of their size, "
+            "which say where in them the object was"
+        )
+    alpha = reference.getchannel("A")
+    return target.convert("RGBA").crop(alpha.point(lambda value: 255 * (value > 127)).getbbox() or alpha.getbbox())
 
 
 def target_picture(image: Image.Image, size: int) -> Image.Image:

@@ -4,7 +4,7 @@ A method is one package with a `Pipeline` (a `SubjectPipeline`); if it is traine
 `PersonalisationModule`); and if its authors have published weights, a `release.py` (`is_release`, `from_release`). A
 package is imported when its method is asked for, so that `--help` stays fast.
 
-On disk a model is *whole* (a diffusers pipeline folder) or a *delta*: the trained weights in `delta.safetensors`, and
+On disk a model is *whole* (a diffusers pipeline folder) or a *delta*: the trained weights in a safetensors file, and
 `delta.json`, which names method, base model (with a digest of its weights), settings and options.
 """
 
@@ -43,9 +43,11 @@ METHODS = {
     "base": "pig.methods.base",
     "bootpig": "pig.methods.bootpig",
     "ezigen": "pig.methods.ezigen",
+    "instantbooth": "pig.methods.instantbooth",
+    "ip_adapter": "pig.methods.ip_adapter",
 }
 EMBEDDED = "bootpig"  # what `toyworld` stands for
-WHOLE, DELTA, DELTA_WEIGHTS = "model_index.json", "delta.json", "delta.safetensors"
+WHOLE, DELTA = "model_index.json", "delta.json"
 NET = "net."  # before the network's own names, as a module's checkpoints have them
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
 FORMS = (
@@ -211,7 +213,8 @@ def trained_weights(pipeline: SubjectPipeline) -> Iterator[tuple[str, torch.nn.P
     groups: Any = getattr(pipeline.network, "trainable_parameters", dict)()
     for parameters in groups.values():
         for name, parameter in parameters.items():
-            yield NET + name, parameter
+            prefix = pipeline.delta_prefix
+            yield NET + name if prefix is None else name.removeprefix(prefix), parameter
 
 
 def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -> None:
@@ -238,7 +241,8 @@ def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -
         raise InputError(f"{what} is not that of the base model {base!r}: a delta would lose it; export it whole")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: (one.half() if half else one).detach().cpu().contiguous() for name, one in weights.items()}
-    save_file(tensors, folder / DELTA_WEIGHTS)
+    save_file(tensors, folder / pipeline.delta_file)
+    pipeline.save_beside_delta(folder)
     told = Delta(pipeline.method, base, origin, dict(pipeline.config.settings), pipeline.model_options())
     (folder / DELTA).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
 
@@ -270,7 +274,7 @@ def _load_delta(folder: Path) -> SubjectPipeline:
         )
     kind = pipeline_class(delta.method)
     pipeline = kind.from_backbone(backbone, base=delta.base, settings=delta.settings, **delta.options)
-    file = folder / DELTA_WEIGHTS
+    file = folder / pipeline.delta_file
     copy_weights(read_weights(file), dict(trained_weights(pipeline)), file, "It is not of this method and base model")
     return pipeline
 

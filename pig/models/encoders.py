@@ -137,8 +137,8 @@ class ClipEncoder(Clip):
     pixel by pixel what transformers' own processor makes of it by PIL (by torchvision it rounds otherwise)."""
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        self.model = _load(CLIPModel, folder).to(device).eval()
-        self.tokenizer = _load(CLIPTokenizer, folder)
+        self.model = load_transformer(CLIPModel, folder).to(device).eval()
+        self.tokenizer = load_transformer(CLIPTokenizer, folder)
         known = self.model.config.text_config.vocab_size
         if not 0.9 * known <= len(self.tokenizer) <= known:
             raise InputError(
@@ -203,7 +203,7 @@ class DinoEncoder(ImageEncoder):
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", *, crop: bool = True) -> None:
         folder = resolve(folder, "dino")
-        self.model = _load(ViTModel, folder, add_pooling_layer=False).to(device).eval()
+        self.model = load_transformer(ViTModel, folder, add_pooling_layer=False).to(device).eval()
         processor = _processor(folder)
         mean, std = processor.get("image_mean", IMAGENET_MEAN), processor.get("image_std", IMAGENET_STD)
         self.preprocessing = _dino_preprocessing(
@@ -289,7 +289,7 @@ def is_openai_file(path: str) -> bool:
     return any(found in url for url in urls)
 
 
-def _load(kind: Any, folder: str | Path, **options: object) -> Any:
+def load_transformer(kind: Any, folder: str | Path, **options: object) -> Any:
     what = f"cannot load a {kind.__name__} from {str(folder)!r}"
     try:
         if kind is CLIPTokenizer:

@@ -10,26 +10,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from pig.data.subjects import Segment
-from pig.data.transforms import reference_picture, to_images, to_tensor
+from pig.data.transforms import to_images
 from pig.errors import InputError, check_named, check_ranges
 from pig.files import write_text
-from pig.models.backbone import (
-    Backbone,
-    align,
-    check_size,
-    decode_latents,
-    encode_images,
-    make_scheduler,
-    tokenize,
-    vae_scale,
-)
-from pig.sampling.call import Call, Condition, Drawn
+from pig.models.backbone import Backbone, align, check_size, decode_latents, make_scheduler, vae_scale
+from pig.sampling.call import Call, Drawn
+from pig.sampling.encoding import EncodingPipeline
 from pig.sampling.guidance import combine, weights_at
 from pig.sampling.inpainting import KnownRegion
 from pig.sampling.loop import OnStep, denoise
@@ -43,7 +35,7 @@ OutputType = Literal["pil", "pt", "np", "latent"]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class SubjectPipeline(DiffusionPipeline):
+class SubjectPipeline(EncodingPipeline):
     """Base of the methods' pipelines.
 
     A method registers its parts and its own defaults in `__init__` (`register`), makes itself from a base model
@@ -57,7 +49,8 @@ class SubjectPipeline(DiffusionPipeline):
     Settings: ClassVar[type[SamplingSettings]] = SamplingSettings
     reads_references: ClassVar[bool] = True
     has_loops: ClassVar[bool] = False  # whether it draws a picture again and again
-    denoiser: ClassVar[str] = "unet"  # the component that draws
+    delta_file: ClassVar[str] = "delta.safetensors"  # a delta's weights; a method may write a public format
+    delta_prefix: ClassVar[str | None] = None  # what of the weights' names is left out there
 
     network: nn.Module  # with `trainable_parameters()`, by which deltas are written
 
@@ -144,6 +137,9 @@ class SubjectPipeline(DiffusionPipeline):
     def model_options(self) -> dict[str, Any]:
         """The options of `from_backbone` that this model was made with, as JSON."""
         return {}
+
+    def save_beside_delta(self, folder: Path) -> None:
+        """What a delta's folder holds besides the trained weights."""
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
@@ -279,45 +275,6 @@ class SubjectPipeline(DiffusionPipeline):
         found = Drawn(self._output(drawn, known, output_type), loops if keep_loops else None)
         self.maybe_free_model_hooks()
         return found if return_dict else found.to_tuple()
-
-    @property
-    def _unet(self) -> UNet2DConditionModel:
-        return getattr(self, self.denoiser)
-
-    @property
-    def native_size(self) -> int:
-        """The side of the pictures that the base model was trained at, in pixels."""
-        return self._unet.config.sample_size * vae_scale(self.vae)
-
-    def cut_off(self, prompt: str) -> str:
-        """What of a prompt is longer than the tokenizer takes, and is not read."""
-        limit = self.tokenizer.model_max_length - 2  # the begin and the end
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        return self.tokenizer.decode(ids[limit:])
-
-    def encode_prompts(self, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
-        """The text of each branch, (B, L, D): the prompt for `text_im`, the empty or negative prompt for the others."""
-        text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
-        empty = self.encode_text([settings.negative_prompt]).expand_as(text)
-        return {"uncond": empty, "im": empty, "text_im": text}
-
-    @staticmethod
-    def stacked(
-        latents: Tensor, t: Tensor, names: Sequence[str], condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, t and text of some branches as one batch."""
-        count = len(names) * len(latents)
-        text = torch.cat([condition.text[name] for name in names])
-        return latents.repeat(len(names), 1, 1, 1), t.expand(count), text
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(N, L, D)"""
-        return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
-
-    def encode_references(self, cutouts: Sequence[Image.Image], side: int) -> Tensor:
-        """(K, 4, h, h), scaled latents of the references on white squares, whatever shape is drawn."""
-        tensors = [to_tensor(reference_picture(one, side)) for one in cutouts]
-        return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
 
     def scheduler_of(self, settings: SamplingSettings) -> SchedulerMixin:
         """The scheduler of a call with these settings, its timesteps set."""

@@ -222,13 +222,14 @@ class PersonalisationModule(MicroBatchedModule):
             z_0, z_ref_0 = (encode_images(self.vae, one).float() for one in pictures)
         return z_0, z_ref_0.unflatten(0, reference.shape[:2])
 
-    def encode_captions(self, batch: Batch, more: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of the captions, of as many other texts, (B, L, D), and of the empty caption, (1, L, D); each text
-        is encoded once, and the captions of encoded shards not at all."""
+    def encode_captions(self, batch: Batch, *more: Sequence[str]) -> tuple[Tensor, ...]:
+        """Embeddings of the captions, (B, L, D), of the empty caption, (1, L, D), and of each list of other texts; each
+        text is encoded once, and the captions of encoded shards not at all."""
         if self._empty_text is None or self._empty_text.device != self.device:
             self._empty_text = encode_text(self.backbone, [""])
         known = {} if batch.text is None else dict(zip(batch.captions, batch.text, strict=True))
-        if missing := [text for text in dict.fromkeys([*batch.captions, *more]) if text not in known]:
+        wanted = [text for texts in (batch.captions, *more) for text in texts]
+        if missing := [text for text in dict.fromkeys(wanted) if text not in known]:
             known.update(zip(missing, encode_text(self.backbone, missing), strict=True))
-        text, others = (torch.stack([known[text] for text in texts]) for texts in (batch.captions, more))
-        return text, others, self._empty_text
+        text, *others = (torch.stack([known[text] for text in texts]) for texts in (batch.captions, *more))
+        return text, self._empty_text, *others

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pig import diffusion
 from pig.data.schema import Batch
-from pig.models.backbone import latent_shape, sent
+from pig.models.backbone import encode_images, latent_shape, sent
 from pig.training.module import PersonalisationModule
 
 
@@ -33,6 +33,35 @@ class NoisedTriplets:
     read: Tensor
     kept: Tensor | None
     count: int
+
+
+@dataclass(frozen=True)
+class NoisedTargets:
+    """z_t: (B, 4, h, w) at t: (B,). target: what shall be predicted. u: (B, uniforms) in [0, 1)."""
+
+    z_t: Tensor
+    t: Tensor
+    target: Tensor
+    u: Tensor
+
+
+def noised_targets(module: PersonalisationModule, batch: Batch, *, uniforms: int) -> NoisedTargets:
+    """Encode and noise a batch's targets; every draw follows from the samples' seeds.
+
+    uniforms: numbers that the method needs for its own choices.
+    """
+    noise, u = diffusion.draw(batch.seeds, latent_shape(module.vae, batch.target), uniforms=uniforms + 1)
+    noise, u = sent(noise, module.device), sent(u, module.device)
+    t = (u[:, 0] * module.train_timesteps).long()
+    z_0 = encode_images(module.vae, batch.target).float()
+    alpha, sigma = diffusion.alpha_sigma(module.alphas_cumprod, t)
+    kind = module.backbone.scheduler.config.prediction_type
+    return NoisedTargets(
+        z_t=diffusion.add_noise(z_0, noise, alpha, sigma),
+        t=t,
+        target=diffusion.target(z_0, noise, alpha, sigma, kind),
+        u=u[:, 1:],
+    )
 
 
 def noised_triplets(
@@ -72,7 +101,7 @@ def noised_triplets(
     alpha_ref, sigma_ref = (s.unsqueeze(1) for s in diffusion.alpha_sigma(module.alphas_cumprod, t_ref))
     z_t = diffusion.add_noise(z_0, noise, alpha, sigma)
     z_ref_t = diffusion.add_noise(z_ref_0, noise_ref, alpha_ref, sigma_ref)
-    text, text_ref, empty = module.encode_captions(batch, told)
+    text, empty, text_ref = module.encode_captions(batch, told)
     kind = module.backbone.scheduler.config.prediction_type
     return NoisedTriplets(
         z_t=z_t.to(dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from data_gen.photos import pack_photos
 from pig.data.images import Job, read_generated, save_generated
 from pig.data.shards import decode_triplet, find_shards, read_shard
 from pig.data.subjects import read_subjects
-from pig.data.transforms import ReferenceAugmentation, cut_out, load_image, place_on_white, reference_picture
+from pig.data.transforms import ReferenceAugmentation, cut_out, load_image, place, reference_picture
 from pig.errors import InputError
 
 
@@ -65,18 +66,18 @@ def test_reference_on_white_is_cropped_and_padded() -> None:
     colours = reference_picture(cutout, 64).getcolors()
     assert colours is not None
     assert all(not (r > g and r > b) for _, (r, g, b) in colours)  # the hidden red does not bleed in
-    assert object_box(place_on_white(cutout.crop((20, 10, 60, 30)), 64, 0.5, x=1, y=0)) == (32, 0, 64, 16)
+    assert object_box(place(cutout.crop((20, 10, 60, 30)), 64, 0.5, x=1, y=0)) == (32, 0, 64, 16)
 
 
 def test_augmentation_ranges() -> None:
     cutout = Image.new("RGBA", (30, 20), (0, 0, 0, 255))
     augment = ReferenceAugmentation(scale=(0.4, 0.8), flip=0.0)
-    boxes = [object_box(augment(cutout, 64, np.random.default_rng(i))) for i in range(200)]
+    boxes = [object_box(augment(cutout, None, 64, np.random.default_rng(i))) for i in range(200)]
     widths = [right - left for left, _, right, _ in boxes]
     assert 25 <= min(widths) < 30
     assert 46 < max(widths) <= 52
     assert len({box[:2] for box in boxes}) > 50
-    same = [augment(cutout, 64, np.random.default_rng(7)).tobytes() for _ in range(2)]
+    same = [augment(cutout, None, 64, np.random.default_rng(7)).tobytes() for _ in range(2)]
     assert same[0] == same[1]
 
 
@@ -87,7 +88,7 @@ def test_augmentation_options_of_the_release() -> None:
     def share_changed(**options: float) -> float:
         plain, other = ReferenceAugmentation((1, 1), 0.0), ReferenceAugmentation((1, 1), **{"flip": 0.0, **options})
         pairs = [
-            (plain(cutout, 32, np.random.default_rng(i)), other(cutout, 32, np.random.default_rng(i)))
+            (plain(cutout, None, 32, np.random.default_rng(i)), other(cutout, None, 32, np.random.default_rng(i)))
             for i in range(200)
         ]
         return float(np.mean([a.tobytes() != b.tobytes() for a, b in pairs]))
@@ -99,6 +100,40 @@ def test_augmentation_options_of_the_release() -> None:
         ReferenceAugmentation(scale=(0.8, 0.4))
     with pytest.raises(InputError, match="erasing"):
         ReferenceAugmentation(erasing=1.5)
+
+
+def test_heavy_augmentation_on_any_background() -> None:
+    """InstantBooth's: turned, cut, on black, or with what is around the object."""
+    target = Image.new("RGB", (60, 60), (10, 120, 10))
+    target.paste((200, 40, 40), (20, 10, 40, 50))
+    cutout = target.convert("RGBA")
+    alpha = Image.new("L", target.size)
+    alpha.paste(255, (20, 10, 40, 50))
+    cutout.putalpha(alpha)
+
+    def made(seed: int = 0, **options: Any) -> np.ndarray:
+        augment = ReferenceAugmentation(**{"scale": (1, 1), "flip": 0.0, **options})
+        return np.asarray(augment(cutout, target, 64, np.random.default_rng(seed)))
+
+    white, black = made(), made(background="black")
+    assert {tuple(one) for one in white.reshape(-1, 3)} == {(255, 255, 255), (200, 40, 40)}
+    assert {tuple(one) for one in black.reshape(-1, 3)} == {(0, 0, 0), (200, 40, 40)}
+    assert np.array_equal((white == 255).all(-1), (black == 0).all(-1))
+    alpha.paste(255, (10, 10, 40, 50))  # a wider object, of which the mask takes in some green
+    cutout.putalpha(alpha)
+    assert (made(background="own") == (10, 120, 10)).all(-1).any()
+    alpha.paste(0, (0, 0, 60, 60))
+    alpha.paste(255, (20, 10, 40, 50))
+    cutout.putalpha(alpha)
+    areas = [(made(seed, rotation=40.0, background="black") != 0).any(-1).mean() for seed in range(20)]
+    assert np.std(areas) > 0.02  # it fills the frame, whichever way it is turned
+    shapes = {(made(seed, crop=0.4, background="black") != 0).any(-1).any(0).sum() for seed in range(20)}
+    assert len(shapes) > 5
+    for wrong in ({"rotation": 200.0}, {"crop": 0.6}, {"background": "green"}):
+        with pytest.raises(InputError, match=f"augmentation.{next(iter(wrong))}"):
+            made(**wrong)
+    with pytest.raises(InputError, match="encoded shards"):
+        ReferenceAugmentation(background="own")(cutout, None, 64, np.random.default_rng(0))
 
 
 def test_photographs_of_any_kind_become_shards(tmp_path) -> None:

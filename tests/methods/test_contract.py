@@ -39,8 +39,11 @@ def registered(monkeypatch) -> None:
     monkeypatch.setitem(methods.METHODS, TOY, TOY)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"instantbooth": {"identifier": "q"}}  # `sks` is three tokens of the toy's
+
+
 def make_module(method: str) -> PersonalisationModule:
-    return methods.module_class(method)("toyworld")  # type: ignore[call-arg]
+    return methods.module_class(method)("toyworld", **OPTIONS.get(method, {}))  # type: ignore[call-arg]
 
 
 def data_of(toy_data: Path) -> TripletDataModule:
@@ -78,13 +81,17 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 def draw(pipeline: SubjectPipeline, prompt: Any, cutouts: list[Image.Image], **more: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(prompt, cutouts, num_inference_steps=3, output_type="pt", **more).images
+    return pipeline(prompt, cutouts, class_noun="mug", num_inference_steps=3, output_type="pt", **more).images
 
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_each_trainable_parameter_gets_a_gradient_and_no_frozen_one(toy_data, method) -> None:
     module = make_module(method)
     batch = next(iter(data_of(toy_data).train_dataloader()))
+    torch.manual_seed(0)
+    with torch.no_grad():  # as in training: a layer that starts as none would hide what lies behind it
+        for parameter in module.trainable().values():
+            parameter += 0.01 * torch.randn_like(parameter)
     loss, t = module.losses(batch, training=True)
     assert loss.shape == t.shape == (4,)
     loss.mean().backward()
@@ -131,7 +138,8 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch(cutouts, method) -> No
     own = seeds(2)  # goes on behind the noise that the drawing would have taken from it
     latents = torch.randn(1, 4, 16, 16, generator=own[0])
     assert torch.equal(draw(pipeline, PROMPTS[1], cutouts, latents=latents, generator=own), alone)
-    (pictures,) = pipeline(PROMPTS[0], cutouts, num_inference_steps=1, output_type="np", return_dict=False)
+    told = {"class_noun": "mug", "num_inference_steps": 1}
+    (pictures,) = pipeline(PROMPTS[0], cutouts, output_type="np", return_dict=False, **told)
     assert pictures.shape == (1, 64, 64, 3)
     assert pictures.min() >= 0
     assert pictures.max() <= 1
@@ -173,7 +181,7 @@ def test_every_sampler_may_run_twice_and_in_part(cutouts, method) -> None:
             patch.setattr(pipeline, "draw", twice)
             patch.setattr(pipeline, "branches", watched)
             pipeline.set_progress_bar_config(disable=True)
-            found = pipeline(PROMPTS[0], cutouts, generator=seeds(1), **given).images
+            found = pipeline(PROMPTS[0], cutouts, class_noun="mug", generator=seeds(1), **given).images
         assert found.isfinite().all()
         timesteps = pipeline.scheduler_of(pipeline.settings(num_inference_steps=4, scheduler=scheduler)).timesteps
         assert seen == [(2, int(timesteps[2])), (3, int(timesteps[3]))], scheduler

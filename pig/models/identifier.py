@@ -1,0 +1,55 @@
+"""The identifier: a word that stands for a subject right before its class noun, as in "a photo of a sks dog"."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from pig.errors import InputError
+
+
+def identifier_token(tokenizer: CLIPTokenizer, identifier: str) -> int:
+    """The identifier's id in the vocabulary.
+
+    Raises:
+        InputError: it is several tokens long, or unknown; names what it falls into.
+    """
+    ids = tokenizer(identifier, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        parts = ", ".join(repr(part) for part in tokenizer.convert_ids_to_tokens(ids))
+        raise InputError(
+            f"the identifier {identifier!r} is {len(ids)} tokens for this tokenizer ({parts}): choose a rare word that "
+            "is one token, such as 'sks' for Stable Diffusion"
+        )
+    return ids[0]
+
+
+def with_identifier(prompt: str, noun: str, identifier: str) -> str:
+    """The prompt with the identifier before the class noun; as it is, where it holds the identifier already.
+
+    noun: a phrase; an article before it is passed over.
+
+    Raises:
+        InputError: no noun is given, or the prompt does not hold it.
+    """
+    if re.search(rf"\b{re.escape(identifier)}\b", prompt):
+        return prompt
+    noun = re.sub(r"^(an?|the)\s+", "", noun.strip(), flags=re.IGNORECASE)
+    if not noun:
+        raise InputError(
+            f"where shall the identifier stand in {prompt!r}? Give the class noun (--class_noun), or write "
+            f"{identifier!r} into the prompt"
+        )
+    found = re.search(rf"\b{re.escape(noun)}\b", prompt, flags=re.IGNORECASE)
+    if found is None:
+        raise InputError(f"the prompt {prompt!r} does not hold its class noun {noun!r}: correct one of them")
+    return f"{prompt[: found.start()]}{identifier} {prompt[found.start() :]}"
+
+
+def first_positions(ids: Tensor, token: int) -> Tensor:
+    """Where the identifier stands first in each text, (B, L) bool; nowhere in a text that does not hold it, or that is
+    cut off before it."""
+    there = ids == token
+    return there & (there.long().cumsum(1) == 1)

@@ -1,0 +1,69 @@
+"""References seen by a CLIP image encoder, which methods train against: the same pixels in training and in sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionModelWithProjection
+
+from pig.data.schema import Batch
+from pig.data.transforms import WHITE, Colour, reference_picture, to_tensor
+from pig.errors import InputError
+from pig.models.backbone import TOYWORLD, resolve
+from pig.models.encoders import OPENAI_MEAN, OPENAI_STD, load_transformer
+
+
+def load_vision(name: str | Path) -> CLIPVisionModelWithProjection:
+    """The image tower of a CLIP in transformers' format: a folder, a hub id, or `toyworld`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    return load_transformer(CLIPVisionModelWithProjection, resolve(name, "clip")).eval()
+
+
+def vision_for(base: str, named: str | None, otherwise: str) -> str:
+    """The encoder that is named; else the toy world's for the toy world's base model; else another."""
+    return named or (TOYWORLD if base == TOYWORLD else otherwise)
+
+
+def look(vision: CLIPVisionModelWithProjection, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """What the encoder makes of pictures.
+
+    Args:
+        pictures: (N, 3, H, W) in [-1, 1], square.
+
+    Returns:
+        The global features, (N, E), and the last layer's tokens, the [CLS] token first, (N, M, V).
+    """
+    side = vision.config.image_size
+    if pictures.shape[-2:] != (side, side):
+        pictures = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    mean, std = (torch.tensor(one, device=pictures.device).view(3, 1, 1) for one in (OPENAI_MEAN, OPENAI_STD))
+    seen = vision(pixel_values=((pictures.float() / 2 + 0.5 - mean) / std).to(vision.dtype))
+    return seen.image_embeds, seen.last_hidden_state
+
+
+def look_at_cutouts(
+    vision: CLIPVisionModelWithProjection, cutouts: Sequence[Image.Image], background: Colour = WHITE
+) -> tuple[Tensor, Tensor]:
+    """`look` at RGBA cut-outs, each cropped to its object, on a square of one colour."""
+    squares = [to_tensor(reference_picture(one, vision.config.image_size, background)) for one in cutouts]
+    return look(vision, torch.stack(squares).to(vision.device))
+
+
+def pictures_of(batch: Batch) -> Tensor:
+    """The references of a batch as pixels, (B, K, 3, H, W).
+
+    Raises:
+        InputError: there are none, or only what the VAE has made of them.
+    """
+    references = batch.references()
+    if references.shape[2] != 3:
+        raise InputError("this method sees the references' pixels: encode the triplets without --variants")
+    return references

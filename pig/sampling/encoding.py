@@ -1,0 +1,61 @@
+"""What all pipelines make of texts and references: a base class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from pig.data.transforms import reference_picture, to_tensor
+from pig.models.backbone import encode_images, tokenize, vae_scale
+from pig.sampling.call import Call, Condition
+from pig.sampling.settings import SamplingSettings
+
+
+class EncodingPipeline(DiffusionPipeline):
+    """A pipeline on a base model's VAE, text encoder and tokenizer."""
+
+    denoiser: ClassVar[str] = "unet"  # the component that draws
+
+    @property
+    def _unet(self) -> UNet2DConditionModel:
+        return getattr(self, self.denoiser)
+
+    @property
+    def native_size(self) -> int:
+        """The side of the pictures that the base model was trained at, in pixels."""
+        return self._unet.config.sample_size * vae_scale(self.vae)
+
+    def cut_off(self, prompt: str) -> str:
+        """What of a prompt is longer than the tokenizer takes, and is not read."""
+        limit = self.tokenizer.model_max_length - 2  # the begin and the end
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer.decode(ids[limit:])
+
+    def encode_prompts(self, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
+        """The text of each branch, (B, L, D): the prompt for `text_im`, the empty or negative prompt for the others."""
+        text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
+        empty = self.encode_text([settings.negative_prompt]).expand_as(text)
+        return {"uncond": empty, "im": empty, "text_im": text}
+
+    @staticmethod
+    def stacked(
+        latents: Tensor, t: Tensor, names: Sequence[str], condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, t and text of some branches as one batch."""
+        count = len(names) * len(latents)
+        text = torch.cat([condition.text[name] for name in names])
+        return latents.repeat(len(names), 1, 1, 1), t.expand(count), text
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(N, L, D)"""
+        return self.text_encoder(tokenize(self.tokenizer, texts).to(self._execution_device))[0]
+
+    def encode_references(self, cutouts: Sequence[Image.Image], side: int) -> Tensor:
+        """(K, 4, h, h), scaled latents of the references on white squares, whatever shape is drawn."""
+        tensors = [to_tensor(reference_picture(one, side)) for one in cutouts]
+        return torch.cat([encode_images(self.vae, one[None].to(self._execution_device)) for one in tensors])
