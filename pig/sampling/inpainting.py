@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pig import diffusion
 from pig.data.transforms import to_mask, to_tensor
 from pig.errors import InputError
 from pig.models.backbone import encode_images, vae_scale
+from pig.sampling.loop import noised
 
 
 class KnownRegion:
@@ -50,10 +50,7 @@ class KnownRegion:
         """The picture's latents at noise level t."""
         if self.path is not None:
             return self.path[int(t)]
-        if float(scheduler.init_noise_sigma) != 1:  # x_0 + sigma epsilon, as in Euler's
-            return scheduler.add_noise(self.z_0.expand_as(self.noise), self.noise, t.view(1))
-        alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1).long())
-        return diffusion.add_noise(self.z_0, self.noise, alpha.to(self.noise), sigma.to(self.noise))
+        return noised(self.z_0.expand_as(self.noise), self.noise, scheduler, t)
 
     def blend(self, latents: Tensor, scheduler: SchedulerMixin, t: Tensor | None) -> Tensor:
         """The latents with the known region at noise level t; None: free of noise."""

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from diffusers import SchedulerMixin
 from torch import Generator, Tensor
 
+from pig import diffusion
+
 Predict = Callable[[Tensor, Tensor, int], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], tuple[Tensor, bool]]
 
@@ -17,6 +19,17 @@ class Known(Protocol):
     """What of a picture stays as it is; see `pig.sampling.inpainting.KnownRegion`."""
 
     def blend(self, latents: Tensor, scheduler: SchedulerMixin, t: Tensor | None) -> Tensor: ...
+
+
+def noised(latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, t: Tensor) -> Tensor:
+    """Latents (B, 4, h, w), free of noise, brought to the noise level of t, as this scheduler scales them.
+
+    (Schedulers' own `add_noise` goes by their steps, not by t, and some are wrong before `set_timesteps`.)
+    """
+    if float(scheduler.init_noise_sigma) != 1:  # x_0 + sigma epsilon, as in Euler's
+        return scheduler.add_noise(latents, noise, t.view(1))
+    alpha, sigma = diffusion.alpha_sigma(scheduler.alphas_cumprod, t.view(1).long())
+    return diffusion.add_noise(latents, noise, alpha.to(latents), sigma.to(latents))
 
 
 def denoise(

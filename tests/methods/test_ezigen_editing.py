@@ -98,6 +98,31 @@ def test_editing_against_the_paper_written_plainly(pipe, cutouts, hole, loops) -
     assert not torch.allclose(found, z_0.expand_as(found), atol=0.1)
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "unipc", "ddpm"])
+def test_loops_against_the_paper_written_plainly(pipe, cutouts, scheduler) -> None:
+    """Layout by text in three of five steps, transfer in the last two; then twice noised again to t of step 3."""
+    told = {"num_inference_steps": 5, "text_guidance": 3.0, "loops": 2, "output_type": "latent", "scheduler": scheduler}
+    found = pipe(PROMPT, cutouts, class_noun="mug", generator=torch.Generator().manual_seed(1), **told).images
+    net, generator, references = pipe.network, torch.Generator().manual_seed(1), read_plainly(pipe, cutouts)
+    text, empty = pipe.encode_text([PROMPT]), pipe.encode_text([""])
+    latents = torch.randn(1, 4, 16, 16, generator=generator)
+    with torch.no_grad():
+        for loop in range(3):
+            sampler = make_scheduler(scheduler, pipe.scheduler.config)
+            sampler.set_timesteps(5)
+            if loop:
+                a = sampler.alphas_cumprod[int(sampler.timesteps[3])]
+                latents = a.sqrt() * latents + (1 - a).sqrt() * torch.randn(1, 4, 16, 16, generator=generator)
+            if loop and hasattr(sampler, "set_begin_index"):
+                sampler.set_begin_index(3)
+            for step in range(3 if loop else 0, 5):
+                t, there = sampler.timesteps[step], references if step >= 3 else None
+                e, e_text = (net(latents, t.view(1), one, there) for one in (empty, text))
+                own = {"generator": generator} if scheduler == "ddpm" else {}
+                latents = sampler.step(e + 3 * (e_text - e), t, latents, **own).prev_sample
+    torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
+
+
 def read_plainly(pipe: EZIGenPipeline, cutouts: list[Image.Image]) -> dict[str, Tensor]:
     z_ref = pipe.encode_references(cutouts, 64)
     a = pipe.scheduler.alphas_cumprod[1]

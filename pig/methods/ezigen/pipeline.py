@@ -23,6 +23,7 @@ from pig.models.encoders import Clip, load_clip
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import branch_weights, classifier_free
 from pig.sampling.inversion import invert
+from pig.sampling.loop import noised
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import reference_reader
 from pig.sampling.settings import SamplingSettings, control
@@ -286,7 +287,7 @@ class EZIGenPipeline(SubjectPipeline):
         if call.known is None:
             t = t if settings.renoise_timestep is None else settings.renoise_timestep
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-            back = self.scheduler.add_noise(latents, noise, torch.tensor([t] * len(latents), device=latents.device))
+            back = noised(latents, noise, call.scheduler, torch.tensor(t, device=latents.device))
         elif loop == 0:  # the picture itself, inverted already
             back = call.known.at(call.scheduler, torch.tensor(t)).expand_as(latents)
         else:
