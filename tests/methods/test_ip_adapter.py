@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from pig import cli
+from pig.attention.images import cross_attention_layers
 from pig.commands.export import export
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
@@ -22,7 +23,6 @@ from pig.errors import InputError
 from pig.methods import load_pipeline, load_release, save_delta
 from pig.methods.ip_adapter import IPAdapterPipeline
 from pig.methods.ip_adapter.module import IPAdapter
-from pig.methods.ip_adapter.network import cross_attention_layers
 from pig.models.backbone import WEIGHTS, align, load_backbone
 from pig.models.vision import look
 

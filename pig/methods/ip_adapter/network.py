@@ -8,11 +8,11 @@ diffusers' own.
 
 from __future__ import annotations
 
-import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
+
+from pig.attention.images import cross_attention_layers, install_image_attention
 
 TOKENS = 4
 
@@ -48,15 +48,14 @@ class ImagePrompt(ModelMixin, ConfigMixin):
         nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
         return made
 
+    def pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """to_k_ip and to_v_ip of each layer."""
+        return [tuple(pair.values()) for pair in self.ip_adapter.values()]  # type: ignore[operator]
+
     def forward(self, embeds: Tensor) -> Tensor:
         """(B, K, E) -> (B, K, tokens, D)."""
         projected = self.image_proj["proj"](embeds.to(self.dtype)).unflatten(-1, (self.tokens, -1))
         return self.image_proj["norm"](projected)
-
-
-def cross_attention_layers(unet: UNet2DConditionModel) -> list[str]:
-    """Names of all `attn2`, in the order that the public format counts them in."""
-    return [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
 
 
 class IPAdapterNet(nn.Module):
@@ -70,18 +69,7 @@ class IPAdapterNet(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, prompt: ImagePrompt) -> None:
         super().__init__()
         self.unet, self.prompt = unet, prompt
-        names = cross_attention_layers(unet)
-        if len(names) != len(prompt.ip_adapter):
-            raise ValueError(f"the image prompt has {len(prompt.ip_adapter)} pairs, the UNet {len(names)} layers")
-        self.processors = []
-        for name, pair in zip(names, prompt.ip_adapter.values(), strict=True):
-            to_k, to_v = (pair.get_submodule(one) for one in ("to_k_ip", "to_v_ip"))
-            with torch.device("meta"):
-                processor = IPAdapterAttnProcessor2_0(*to_k.weight.shape, num_tokens=(prompt.tokens,))  # type: ignore[misc]
-            processor.to_k_ip, processor.to_v_ip = nn.ModuleList([to_k]), nn.ModuleList([to_v])
-            # Beside the module system: the UNet saves and loads as if it were not there.
-            object.__setattr__(unet.get_submodule(name), "processor", processor)
-            self.processors.append(processor)
+        self.processors = install_image_attention(unet, prompt.pairs(), prompt.tokens)
 
     def trainable_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """One group, by the names in this module."""
