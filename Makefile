@@ -8,8 +8,8 @@ WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep ablations bench-datagen \
-	bench-training bench-sampling toyworld-weights clean
+.PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep ablations \
+	ablations-instantbooth bench-datagen bench-training bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -61,6 +61,9 @@ sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 
 
 ablations: .venv/.ready ## the paper's Table 2 and Fig. 7 on the toy world, into runs/ablations (hours; resumable)
 	$(BIN)/python -W ignore -m benchmarks.ablations $(ARGS)
+
+ablations-instantbooth: .venv/.ready ## InstantBooth's Tables 3 and 4 on the toy world (hours; resumable)
+	$(BIN)/python -W ignore -m benchmarks.ablations_instantbooth $(ARGS)
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen

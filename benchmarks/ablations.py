@@ -15,6 +15,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -25,7 +26,7 @@ from benchmarks.sweep import USUAL, brackets
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.commands.generate import cut_out_all, draw_jobs
 from pig.data.subjects import read_subjects
-from pig.demo import held_out_jobs, toy_scorer
+from pig.demo import PRECISION, held_out_jobs, toy_scorer
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG
 from pig.sampling.pipeline import SubjectPipeline
@@ -69,12 +70,10 @@ def main() -> None:
         (name, seed) for name, told in (SETTINGS | CAUSES).items() if told is not None for seed in TRAINING_SEEDS
     ]
     console.print(f"{len(trainings)} trainings of {chosen.steps} steps, then {len(trainings) + 7} sets of images")
-    draw_triplets(out / "data/triplets", TRIPLETS, 64)
-    draw_triplets(out / "data/val", 64, 64, first_seed=scene.HELD_OUT_SEED + 10**8)
-    draw_subjects(out / "data/subjects", chosen.subjects, 64)
+    draw_data(out / "data", chosen.subjects)
     for number, (name, seed) in enumerate(trainings):
         began = time.perf_counter()
-        if train(out, name, seed, chosen.steps):
+        if train(folder_of(out, name, seed), CONFIG, (SETTINGS | CAUSES)[name] or [], seed, chosen.steps):
             took = (time.perf_counter() - began) / 60
             console.print(f"{name}, seed {seed}: {took:.1f} minutes; {len(trainings) - number - 1} trainings to go")
     found = score_all(out)
@@ -83,29 +82,38 @@ def main() -> None:
     console.print(f"{out / 'ablations.md'}, {out / 'ablations.json'}")
 
 
+def draw_data(data: Path, subjects: int) -> None:
+    draw_triplets(data / "triplets", TRIPLETS, 64)
+    draw_triplets(data / "val", 64, 64, first_seed=scene.HELD_OUT_SEED + 10**8)
+    draw_subjects(data / "subjects", subjects, 64)
+
+
 def folder_of(out: Path, name: str, seed: int) -> Path:
     return out / name.replace(" ", "_").replace(",", "") / str(seed)
 
 
-def train(out: Path, name: str, seed: int, steps: int) -> bool:
-    """Train and export a setting as a user would; False where that was done before."""
-    run = folder_of(out, name, seed)
+def train(run: Path, config: str, told: Sequence[str], seed: int, steps: int) -> bool:
+    """Train and export a setting as a user would; False where that was done before.
+
+    run: its folder, in the second folder above which the data are.
+    """
     if (run / "export/model_index.json").exists():
         return False
     last = run / "fit/checkpoints/last.ckpt"
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "data").exists():  # where the config looks
-        (run / "data").symlink_to((out / "data").resolve())
-    told = [
-        f"--config={CONFIG}",
+        (run / "data").symlink_to((run.parents[1] / "data").resolve())
+    words = [
+        f"--config={config}",
         f"--run={run}",
         f"--data.seed={seed}",
         f"--trainer.max_steps={steps}",
+        f"--trainer.precision={PRECISION}",
         "--trainer.limit_val_batches=0",
-        *((SETTINGS | CAUSES)[name] or []),
+        *told,
         *([f"--ckpt_path={last}"] if last.exists() else []),
     ]
-    subprocess.run([sys.executable, "-m", "pig.cli", "fit", *told], check=True)
+    subprocess.run([sys.executable, "-m", "pig.cli", "fit", *words], check=True)
     export = ["export", f"--checkpoint={last}", f"--out={run / 'export'}"]
     subprocess.run([sys.executable, "-m", "pig.cli", *export], check=True)
     return True

@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pig.methods import find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import ReferenceCache, digest
+from pig.sampling.settings import SamplingSettings
 
 CUTOUTS, LOOPS = "cutouts", "loops"  # the folders for `--save_references` and `--save_loops`
 console = Console()
@@ -171,7 +173,7 @@ def draw_jobs(
     pipeline.set_progress_bar_config(disable=several or None)
     try:
         if several:
-            announce(pipeline, batches[0], cutouts, given, len(todo))
+            announce(pipeline, batches[0], cutouts, chosen, more, len(todo))
         for batch in track(batches, f"drawing {out.name}", console=console) if several else batches:
             drawn = pipeline(
                 [job.prompt for job in batch],
@@ -231,25 +233,22 @@ def announce(
     pipeline: SubjectPipeline,
     batch: Sequence[Job],
     cutouts: Mapping[str, Sequence[Image.Image]],
-    given: Mapping[str, Any],
+    chosen: SamplingSettings,
+    more: Mapping[str, Any],
     count: int,
 ) -> None:
     """Say how long `count` images will take, at most, from a few real steps of the first batch."""
     pipeline.set_progress_bar_config(disable=True)
-    references, seconds = [cutouts[job.subject.name] for job in batch], {}
-    told = {**given, "class_noun": [job.subject.class_noun for job in batch]}
-
-    def steps_of(steps: int) -> int:
-        settings = {name: value for name, value in told.items() if name in chosen} | {"num_inference_steps": steps}
-        return pipeline.steps_of(pipeline.settings(**settings))
-
-    chosen = pipeline.settings().as_json()
-    for steps in (1, 2, 4):  # the first one warms up
+    prompts, references = [job.prompt for job in batch], [cutouts[job.subject.name] for job in batch]
+    nouns = [job.subject.class_noun for job in batch]
+    seconds, steps = {}, {}
+    for number in (1, 2, 4):  # the first one warms up
+        settings = replace(chosen, num_inference_steps=number)
         began = time.perf_counter()
-        pipeline([job.prompt for job in batch], references, **{**told, "num_inference_steps": steps})
-        seconds[steps] = time.perf_counter() - began
-    per_step = max(0.0, seconds[4] - seconds[2]) / (steps_of(4) - steps_of(2))
-    per_batch = seconds[4] + per_step * (steps_of(told["num_inference_steps"]) - steps_of(4))
+        pipeline(prompts, references, class_noun=nouns, **more, **settings.as_json())
+        seconds[number], steps[number] = time.perf_counter() - began, pipeline.steps_of(settings)
+    per_step = max(0.0, seconds[4] - seconds[2]) / (steps[4] - steps[2])
+    per_batch = seconds[4] + per_step * (pipeline.steps_of(chosen) - steps[4])
     console.print(f"{count} images, on this machine about {per_batch * count / len(batch) / 60:.1f} minutes")
 
 

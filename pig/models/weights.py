@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pig.errors import InputError
+
+
+@contextmanager
+def random_but_the_same() -> Iterator[None]:
+    """Weights that are made in here are random, but the same in every run and process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

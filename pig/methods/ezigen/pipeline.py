@@ -180,8 +180,10 @@ class EZIGenPipeline(SubjectPipeline):
     def condition(self, call: Call, settings: EZIGenSettings) -> EZIGenCondition:
         steps, edits = len(call.scheduler.timesteps), call.known is not None
         first = settings.first_transfer(steps)
-        if edits and (first == steps or most_loops(settings) == 0):
-            raise InputError("editing needs a transfer: layout_share below 1, and at least one loop")
+        if edits:
+            if (settings.layout_share == 1 and not settings.transfer_everywhere) or most_loops(settings) == 0:
+                raise InputError("editing needs a transfer: layout_share below 1, and at least one loop")
+            first = min(first, steps - 1)  # of few steps, too
         if settings.loops is None and (edits or (settings.adapter_scale > 0 and not settings.transfer_everywhere)):
             self._clip = self._clip or self._load_clip()  # not found missing after the first picture
         references = self._read(call, settings) if settings.adapter_scale > 0 else None

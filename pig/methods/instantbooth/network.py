@@ -17,6 +17,7 @@ from pig.attention.adapters import GatedAdapter, PatchTokens, adapter_arguments,
 from pig.attention.install import self_attention_layers
 from pig.models.identifier import first_positions
 from pig.models.vision import look
+from pig.models.weights import random_but_the_same
 
 
 class Concept(ModelMixin, ConfigMixin):
@@ -55,14 +56,15 @@ class Concept(ModelMixin, ConfigMixin):
         """For this UNet and this image encoder; the heads start at random, the adapters as no layer."""
         names = [name.removesuffix(".attn1") for name in self_attention_layers(unet)]
         blocks = {name: unet.get_submodule(f"{name}.attn1") for name in names}
-        made = cls(
-            vision.config.projection_dim,
-            vision.config.hidden_size,
-            unet.config.cross_attention_dim,
-            {name: attn1.to_q.in_features for name, attn1 in blocks.items()},
-            {name: attn1.heads for name, attn1 in blocks.items()},
-            patch_feature,
-        )
+        with random_but_the_same():
+            made = cls(
+                vision.config.projection_dim,
+                vision.config.hidden_size,
+                unet.config.cross_attention_dim,
+                {name: attn1.to_q.in_features for name, attn1 in blocks.items()},
+                {name: attn1.heads for name, attn1 in blocks.items()},
+                patch_feature,
+            )
         nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
         return made
 

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from pig.attention.images import cross_attention_layers, install_image_attention
+from pig.models.weights import random_but_the_same
 
 TOKENS = 4
 
@@ -42,7 +43,8 @@ class ImagePrompt(ModelMixin, ConfigMixin):
     def of(cls, unet: UNet2DConditionModel, image_dim: int) -> ImagePrompt:
         """For this UNet; each pair starts as its layer's own to_k and to_v."""
         layers = [unet.get_submodule(name) for name in cross_attention_layers(unet)]
-        made = cls(image_dim, unet.config.cross_attention_dim, [layer.to_k.out_features for layer in layers])
+        with random_but_the_same():
+            made = cls(image_dim, unet.config.cross_attention_dim, [layer.to_k.out_features for layer in layers])
         for pair, layer in zip(made.ip_adapter.values(), layers, strict=True):
             pair.load_state_dict({f"{name}_ip.weight": getattr(layer, name).weight for name in ("to_k", "to_v")})
         nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
@@ -86,8 +88,8 @@ class IPAdapterNet(nn.Module):
         """
         for processor in self.processors:
             processor.scale = [scale]
-        tokens = [] if embeds is None or scale == 0 else [self.prompt(embeds)]
-        return self.unet(latents, timesteps, (text, tokens)).sample
+        told = text if embeds is None or scale == 0 else (text, [self.prompt(embeds)])
+        return self.unet(latents, timesteps, told).sample
 
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
