@@ -85,6 +85,12 @@ toyworld-weights: .venv/.ready ## train the embedded models again from nothing (
 		$(if $(wildcard $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt),--ckpt_path $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt)
 	$(BIN)/python -m pig.cli export --checkpoint $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt --delta --half \
 		--out pig/toyworld/weights/bootpig
+	mkdir -p runs/toyworld/ezigen && ln -sfn $(abspath $(WEIGHTS_RUN))/data runs/toyworld/ezigen/data
+	$(BIN)/python -m pig.cli fit --config configs/ezigen/toyworld.yaml --run runs/toyworld/ezigen \
+		--data.shards 'runs/toyworld/ezigen/data/triplets/train-{000000..000007}.tar' \
+		$(if $(wildcard runs/toyworld/ezigen/fit/checkpoints/last.ckpt),--ckpt_path runs/toyworld/ezigen/fit/checkpoints/last.ckpt)
+	$(BIN)/python -m pig.cli export --checkpoint runs/toyworld/ezigen/fit/checkpoints/last.ckpt --delta --half \
+		--out pig/toyworld/weights/ezigen
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -85,13 +85,15 @@ class SamplingSettings:
 
     @classmethod
     def given(cls, model: Mapping[str, Any], call: Mapping[str, Any]) -> Self:
-        """Merge settings: a call's go before the model's own defaults, those before the class's. None: not named.
+        """Merge settings: a call's go before the model's own defaults, those before the class's. None: not named, but
+        for a control whose value it can be.
 
         Raises:
             InputError: a control that the method does not have, or a value it does not take.
         """
         known = {name: one.name for one in controls(cls) for name in (one.name, one.alias) if name}
-        named = {name: value for name, value in call.items() if value is not None}
+        optional = {one.name for one in controls(cls) if one.optional}
+        named = {name: value for name, value in call.items() if value is not None or name in optional}
         for one in controls(cls):
             if one.alias in named and one.name in named:
                 raise InputError(f"{one.name} and {one.alias} are the same control: give one of them")

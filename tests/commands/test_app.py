@@ -202,6 +202,27 @@ def test_inpainting_by_painting(page, photo, tmp_path) -> None:
     page.screenshot(path=SHOTS / "inpainting.png")
 
 
+def test_ezigen_shows_its_loops(browser, photo) -> None:
+    with serving("--model", "toyworld/ezigen") as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        page.set_default_timeout(TIMEOUT)
+        page.goto(address)
+        give(page, photo)
+        page.locator("#cutouts img").first.wait_for()
+        set_number(page, "number input for Images", 1)
+        page.get_by_role("button", name="Controls").click()
+        set_number(page, "number input for Num inference steps", 5)
+        page.get_by_label("Loops", exact=True).fill("2")
+        page.get_by_role("button", name="Loop by loop").click()
+        draw(page, "a photo of a mug, in space")
+        images(page).first.wait_for()
+        page.locator("#loops img").nth(2).wait_for()
+        said(page, "seed 0, before the loops")
+        said(page, "seed 0, after loop 2")
+        page.screenshot(path=SHOTS / "loops.png")
+        page.close()
+
+
 def test_another_address_asks_for_a_password(browser) -> None:
     command = [sys.executable, "-m", "pig.cli", "app", "--host", "0.0.0.0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)

@@ -248,6 +248,14 @@ def test_controls_out_of_their_range(given, message) -> None:
         EZIGen("toyworld", reference_timestep=1000)
 
 
+def test_the_stop_rule_in_place_of_a_models_own_loops() -> None:
+    own = {"loops": 3, "text_guidance": 1.5}
+    assert EZIGenSettings.given(own, {}).loops == 3
+    chosen = EZIGenSettings.given(own, {"loops": None, "text_guidance": None, "negative_prompt": None})
+    assert (chosen.loops, chosen.text_guidance, chosen.negative_prompt) == (None, 1.5, "")
+    assert EZIGenSettings.given(own, chosen.as_json()) == chosen  # as `generate` hands them on
+
+
 def test_the_stop_rules_clip_is_named_where_it_is_missing(toy_data, monkeypatch) -> None:
     pipe = EZIGen("toyworld").pipeline()
     pipe.register_to_config(clip="nowhere/no-clip")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trying import refused
 
+from benchmarks import ezigen as bench
 from pig import cli
 from pig.commands import generate as generating
 from pig.data.subjects import read_subjects
@@ -121,6 +122,16 @@ def test_loops_against_the_paper_written_plainly(pipe, cutouts, scheduler) -> No
                 own = {"generator": generator} if scheduler == "ddpm" else {}
                 latents = sampler.step(e + 3 * (e_text - e), t, latents, **own).prev_sample
     torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("what", ["one pass, transfer everywhere", "layout 60 %, one pass"])
+def test_the_benchmarks_naive_way_draws_the_same(pipe, cutouts, what) -> None:
+    """`benchmarks/ezigen.py` keeps the release's way, image by image."""
+    told = {"class_noun": "mug", "text_guidance": bench.GUIDANCE, "num_inference_steps": 5, "output_type": "pt"}
+    seeds = [torch.Generator().manual_seed(0) for _ in bench.PROMPTS]
+    ours = pipe(bench.PROMPTS, cutouts, generator=seeds, **told, **{"loops": 0, **bench.WHATS[what]}).images
+    naive = bench.naive(pipe, cutouts, what, 5, [0]) / 2 + 0.5
+    torch.testing.assert_close(naive, ours, atol=2e-3, rtol=1e-2)
 
 
 def read_plainly(pipe: EZIGenPipeline, cutouts: list[Image.Image]) -> dict[str, Tensor]:

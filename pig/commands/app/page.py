@@ -46,7 +46,7 @@ def widget(one: Control, value: Any) -> Any:
 
 
 def value_of(one: Control, given: Any) -> Any:
-    """A control's value from what its input holds; None: as the model has it."""
+    """A control's value from what its input holds."""
     if given is None:
         return None
     return given.split(",") if one.kind is tuple else one.kind(given)
