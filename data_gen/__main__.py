@@ -17,11 +17,11 @@ from pathlib import Path
 import jsonargparse
 
 from data_gen.config import load_config
-from data_gen.errors import DiskFullError, WorkerDiedError
+from data_gen.errors import DiskFullError
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.data.transforms import ReferenceAugmentation
-from pig.errors import InputError, find_input_error
+from pig.errors import InputError, WorkerDiedError, find_input_error
 
 STAGES = ("captions", "images", "masks", "quality", "shards")
 
@@ -130,8 +130,8 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"expected key=value, got {folders[-1]}")
     config = load_config(chosen.config, overrides)
     # Imported here: heavy, and neither drawing, nor packing, nor a mistake in the config needs them.
-    from data_gen.executors import quiet
     from data_gen.run import dry_run, generate, stage_alone
+    from pig.executors import quiet
 
     quiet()
     if stage:

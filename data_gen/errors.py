@@ -3,7 +3,3 @@
 
 class DiskFullError(Exception):
     """No space is left; the message names the folder."""
-
-
-class WorkerDiedError(Exception):
-    """A worker was lost; the message says so and what to do."""

@@ -7,9 +7,12 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +21,6 @@ from rich.table import Table
 
 from data_gen import captions as caption_stage
 from data_gen.config import DatagenConfig, captioner, claim, masker, settle
-from data_gen.executors import device_of, execute
 from data_gen.samples import Sample, write_samples
 from data_gen.shards import (
     STAGES,
@@ -36,6 +38,7 @@ from data_gen.shards import (
 )
 from pig.data.shards import ShardStats, rejections, sha256_of, stats_path
 from pig.errors import InputError
+from pig.executors import device_of, execute
 
 console = Console()
 CARD = "README.md"
@@ -75,6 +78,23 @@ def generate(config: DatagenConfig) -> None:
 def check_device(config: DatagenConfig) -> None:
     if torch.cuda.is_available() and config.executor == "local" and config.workers > torch.cuda.device_count():
         raise InputError(f"workers={config.workers}, but this machine has {torch.cuda.device_count()} GPUs: one each")
+
+
+def work(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport | None]:
+    """Make these shards: each one's report as it is done, and None at every poll.
+
+    Raises:
+        InputError, DiskFullError: as a worker met them.
+        WorkerDiedError: a worker was lost.
+    """
+    if config.executor == "ray":  # whose actors have working folders of their own
+        config = replace(config, output=str(Path(config.output).absolute()))
+    how: Any = {"executor": config.executor, "workers": config.workers, "threads": config.threads}
+    yield from execute(partial(_make_shards, config), numbers, **how)
+
+
+def _make_shards(config: DatagenConfig, device: str) -> Callable[[int], ShardReport]:
+    return ShardMaker(config, device).make
 
 
 @contextmanager
@@ -171,7 +191,7 @@ def make_shards(config: DatagenConfig, missing: Sequence[int]) -> list[ShardRepo
     sizes = {number: shard_size(config, number) for number in missing}
     total, told = sum(sizes.values()), began
     with Live(console=console, refresh_per_second=2, transient=not console.is_terminal) as live:
-        for report in execute(config, missing):
+        for report in work(config, missing):
             if report is not None:
                 reports.append(report)
                 if not any(done.count for done in reports):

@@ -1,4 +1,5 @@
-"""The one exception for what the user can mend; the command line prints its message and exits with code 2."""
+"""`InputError` for what the user can mend: the command line prints its message and exits with code 2; and other errors
+that end a run with a message."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ from collections.abc import Sequence
 
 class InputError(ValueError):
     """Bad input. The message names the thing and the remedy."""
+
+
+class WorkerDiedError(Exception):
+    """A worker was lost; the message says so and what to do. What was finished is kept."""
 
 
 def check_ranges(**settings: tuple[float, float, float]) -> None:

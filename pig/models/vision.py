@@ -49,12 +49,22 @@ def look(vision: CLIPVisionModelWithProjection, pictures: Tensor) -> tuple[Tenso
     return seen.image_embeds, seen.last_hidden_state
 
 
-def look_at_cutouts(
-    vision: CLIPVisionModelWithProjection, cutouts: Sequence[Image.Image], background: Colour = WHITE
+def look_at_references(
+    vision: CLIPVisionModelWithProjection, references: Sequence[Sequence[Image.Image]], background: Colour = WHITE
 ) -> tuple[Tensor, Tensor]:
-    """`look` at RGBA cut-outs, each cropped to its object, on a square of one colour."""
+    """`look` at the references of P prompts, equally many RGBA cut-outs of each, every picture once.
+
+    Each is cropped to its object, on a square of one colour.
+
+    Returns:
+        (P, N, E) and (P, N, M, V).
+    """
+    cutouts = list({id(one): one for of in references for one in of}.values())
     squares = [to_tensor(reference_picture(one, vision.config.image_size, background)) for one in cutouts]
-    return look(vision, torch.stack(squares).to(vision.device))
+    embeds, tokens = look(vision, torch.stack(squares).to(vision.device))
+    row = {id(one): number for number, one in enumerate(cutouts)}
+    rows = torch.tensor([[row[id(one)] for one in of] for of in references], device=embeds.device)
+    return embeds[rows], tokens[rows]
 
 
 def pictures_of(batch: Batch) -> Tensor:

@@ -22,9 +22,8 @@ from data_gen import captions, masks, quality
 from data_gen.__main__ import run
 from data_gen.captions import Caption, make_captions
 from data_gen.errors import DiskFullError
-from data_gen.executors import execute
 from data_gen.inspect import inspect
-from data_gen.run import complete, dry_run, generate
+from data_gen.run import complete, dry_run, generate, work
 from data_gen.samples import Sample, read_lines, write_samples
 from data_gen.shards import ShardMaker, samples_of, seed_of, shard_count, tar_of
 from pig.data.shards import decode_triplet, find_shards, read_shard
@@ -65,11 +64,11 @@ def test_ray_that_is_not_there_or_too_small_is_said(tmp_path, monkeypatch) -> No
     config = config_for(tmp_path, "executor=ray", "workers=3")
     monkeypatch.setenv("RAY_ADDRESS", "foo")
     with pytest.raises(InputError, match="no Ray cluster answers at RAY_ADDRESS=foo"):
-        next(execute(config, [0]))
+        next(work(config, [0]))
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(InputError, match="workers=3, but Ray has room for 2"):
-        next(execute(config, [0]))
+        next(work(config, [0]))
 
 
 def test_shards_keep_the_contract(made) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -16,7 +15,7 @@ from pig.data.transforms import BLACK
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
 from pig.models.backbone import Backbone, tokenize
 from pig.models.identifier import identifier_token, with_identifier
-from pig.models.vision import load_vision, look_at_cutouts, vision_for
+from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import classifier_free
 from pig.sampling.pipeline import SubjectPipeline
@@ -130,14 +129,7 @@ class InstantBoothPipeline(SubjectPipeline):
             with_identifier(prompt, noun, settings.identifier)
             for prompt, noun in zip(call.prompts, call.class_nouns, strict=True)
         ]
-        seen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        for cutouts in call.references:
-            key = tuple(map(id, cutouts))
-            if key not in seen:
-                seen[key] = look_at_cutouts(self.image_encoder, cutouts, BLACK)
-        each = [seen[tuple(map(id, cutouts))] for cutouts in call.references]
-        embeds, tokens = (torch.stack(column) for column in zip(*each, strict=True))
-        f_c, f_p = self.concept(embeds, tokens)
+        f_c, f_p = self.concept(*look_at_references(self.image_encoder, call.references, BLACK))
         ids = tokenize(self.tokenizer, prompts).to(self._execution_device)
         before_text = self.config.before_text
         text = text_with_concept(self.text_encoder, ids, token, settings.alpha * f_c, before_text=before_text)

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from pig.methods.ip_adapter.network import ImagePrompt, IPAdapterNet
 from pig.models.backbone import Backbone
-from pig.models.vision import load_vision, look_at_cutouts, vision_for
+from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import classifier_free
 from pig.sampling.pipeline import SubjectPipeline
@@ -119,13 +119,8 @@ class IPAdapterPipeline(SubjectPipeline):
         self.image_encoder.save_pretrained(folder / "image_encoder")
 
     def condition(self, call: Call, settings: IPAdapterSettings) -> IPAdapterCondition:
-        seen: dict[tuple[int, ...], Tensor] = {}
-        for cutouts in call.references:
-            key = tuple(map(id, cutouts))
-            if key not in seen:
-                seen[key] = look_at_cutouts(self.image_encoder, cutouts)[0]
-        each = torch.stack([seen[tuple(map(id, cutouts))] for cutouts in call.references])
-        embeds = each.repeat_interleave(call.images_per_prompt, dim=0)
+        embeds, _ = look_at_references(self.image_encoder, call.references)
+        embeds = embeds.repeat_interleave(call.images_per_prompt, dim=0)
         nothing = torch.zeros_like(embeds)
         return IPAdapterCondition(
             text=self.encode_prompts(call, settings),
