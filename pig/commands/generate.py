@@ -71,6 +71,8 @@ def generate(
         for one in range(output.seed, output.seed + output.images_per_prompt)
     ]
     jobs = jobs[len(jobs) * part // parts : len(jobs) * (part + 1) // parts]
+    for job in jobs:
+        kind.check_prompt(job.prompt, job.subject.class_noun, chosen)
     # Cut out now, before anything long: a photograph without an object must not end a benchmark in the middle.
     mine = list(dict.fromkeys(job.subject for job in jobs))
     cutouts: dict[str, list[Image.Image]] = {subject.name: [] for subject in mine}

@@ -129,7 +129,7 @@ class ReferenceAugmentation:
         erasing: probability that a white box of 2 to 25 % of the area covers a part (authors' release: 0.4).
         rotation: by up to so many degrees, either way.
         crop: of each side of the object, up to this share is cut off.
-        background: `white`, `black`, or `own`: what is around the object in the target.
+        background: `white`, `black`, or `own`: what is around the object in the target, on black.
     """
 
     scale: tuple[float, float] = (0.4, 1.0)
@@ -169,7 +169,7 @@ class ReferenceAugmentation:
                 rng.uniform(-self.rotation, self.rotation), Image.Resampling.BICUBIC, expand=True
             )
             reference = crop_to_object(turned.convert("RGBA"))
-        picture = place(reference, size, scale, x, y, BLACK if self.background == "black" else WHITE)
+        picture = place(reference, size, scale, x, y, WHITE if self.background == "white" else BLACK)
         if flip:
             picture = ImageOps.mirror(picture)
         if jitter:

@@ -157,7 +157,10 @@ def load_release(file: Path, base: str) -> SubjectPipeline:
             release = import_module(f"{package}.release")
             if release.is_release(weights):
                 return release.from_release(weights, load_backbone(base), base)
-    raise InputError(f"{file} is no checkpoint of a release known here: EZIGen's is its folder's model.safetensors")
+    raise InputError(
+        f"{file} is no checkpoint of a release known here: EZIGen's model.safetensors, or an IP-Adapter whose "
+        "image_proj is one linear layer"
+    )
 
 
 def load_module(checkpoint: Path) -> PersonalisationModule:

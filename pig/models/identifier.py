@@ -16,6 +16,8 @@ def identifier_token(tokenizer: CLIPTokenizer, identifier: str) -> int:
     Raises:
         InputError: it is several tokens long, or unknown; names what it falls into.
     """
+    if not re.fullmatch(r"\w+", identifier):
+        raise InputError(f"the identifier {identifier!r} must be a word of letters and digits, such as 'sks'")
     ids = tokenizer(identifier, add_special_tokens=False).input_ids
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         parts = ", ".join(repr(part) for part in tokenizer.convert_ids_to_tokens(ids))
@@ -34,7 +36,7 @@ def with_identifier(prompt: str, noun: str, identifier: str) -> str:
     Raises:
         InputError: no noun is given, or the prompt does not hold it.
     """
-    if re.search(rf"\b{re.escape(identifier)}\b", prompt):
+    if re.search(rf"(?<![\w-]){re.escape(identifier)}(?![\w-])", prompt, flags=re.IGNORECASE):  # CLIP reads no case
         return prompt
     noun = re.sub(r"^(an?|the)\s+", "", noun.strip(), flags=re.IGNORECASE)
     if not noun:

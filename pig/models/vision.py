@@ -1,4 +1,4 @@
-"""References seen by a CLIP image encoder, which methods train against: the same pixels in training and in sampling."""
+"""References seen by a CLIP image encoder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from transformers import CLIPVisionModelWithProjection
 from pig.data.schema import Batch
 from pig.data.transforms import WHITE, Colour, reference_picture, to_tensor
 from pig.errors import InputError
-from pig.models.backbone import TOYWORLD, resolve
+from pig.models.backbone import TOYWORLD, resolve, sent, weights_digest
 from pig.models.encoders import OPENAI_MEAN, OPENAI_STD, load_transformer
 
 
-def load_vision(name: str | Path) -> CLIPVisionModelWithProjection:
+def load_vision(name: str | Path, digest: str | None = None) -> CLIPVisionModelWithProjection:
     """The image tower of a CLIP in transformers' format: a folder, a hub id, or `toyworld`.
 
+    digest: of the weights that it must have, as `weights_digest` gives it.
+
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or has other weights.
     """
-    return load_transformer(CLIPVisionModelWithProjection, resolve(name, "clip")).eval()
+    vision = load_transformer(CLIPVisionModelWithProjection, resolve(name, "clip")).eval()
+    if digest not in (None, found := weights_digest(vision)):
+        raise InputError(
+            f"the image encoder {str(name)!r} is not the one that the model was trained on ({found[:12]}, wanted is "
+            f"{str(digest)[:12]})"
+        )
+    return vision
 
 
 def vision_for(base: str, named: str | None, otherwise: str) -> str:
@@ -44,7 +52,7 @@ def look(vision: CLIPVisionModelWithProjection, pictures: Tensor) -> tuple[Tenso
     side = vision.config.image_size
     if pictures.shape[-2:] != (side, side):
         pictures = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-    mean, std = (torch.tensor(one, device=pictures.device).view(3, 1, 1) for one in (OPENAI_MEAN, OPENAI_STD))
+    mean, std = (sent(torch.tensor(one).view(3, 1, 1), pictures.device) for one in (OPENAI_MEAN, OPENAI_STD))
     seen = vision(pixel_values=((pictures.float() / 2 + 0.5 - mean) / std).to(vision.dtype))
     return seen.image_embeds, seen.last_hidden_state
 

@@ -71,6 +71,10 @@ class SubjectPipeline(EncodingPipeline):
         """
         raise NotImplementedError
 
+    @classmethod
+    def check_prompt(cls, prompt: str, noun: str, settings: Any) -> None:
+        """Refuse a prompt that the method cannot draw for this class noun; `generate` asks before anything long."""
+
     def condition(self, call: Call, settings: Any) -> Any:
         """What the steps need of prompts and references, read once per call."""
         raise NotImplementedError

@@ -126,7 +126,7 @@ def blank_batch(module: PersonalisationModule, data: PersonalisationData, size: 
         target=torch.empty(size, *(moments if encoded else pixels), device=META),
         reference=torch.empty(size, 1, *reference, device=META),
         captions=[str(index) for index in range(size)],
-        objects=[""] * size,
+        objects=[str(index) for index in range(size)],
         seeds=torch.arange(size),
         keys=[""] * size,
         text=torch.empty(text, device=META) if encoded else None,

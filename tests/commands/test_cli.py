@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from benchmarks import ablations
+from benchmarks import ablations, ablations_instantbooth
 from pig import cli, demo
 from pig.commands.fit import CLI
 from pig.data.modules import TripletDataModule
@@ -31,6 +31,7 @@ BELOW = {
     "sd21_24gb.yaml": "configs/bootpig/sd21.yaml",
     "sd21_sharded.yaml": "configs/bootpig/sd21.yaml",
     "toyworld_weights.yaml": TOY,
+    **dict.fromkeys((f"{name}.yaml" for name in ablations_instantbooth.CHANGED), "configs/instantbooth/toyworld.yaml"),
 }
 # What else of a method's configs cannot be had here: an image encoder of the hub, a token that the toy does not have.
 ABSENT = {

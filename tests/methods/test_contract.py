@@ -20,11 +20,13 @@ from pig import cli, methods
 from pig.commands.export import export
 from pig.data.modules import TripletDataModule
 from pig.data.subjects import read_subjects
+from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError
 from pig.evaluation.benchmark import evaluate
 from pig.methods import METHODS, load_module, load_pipeline, pipeline_class
 from pig.models.backbone import SCHEDULERS
 from pig.sampling.pipeline import SubjectPipeline
+from pig.training.memory import memory_table
 from pig.training.module import PersonalisationModule
 
 TOY = "toy_method"  # of this folder: what CONTRIBUTING's recipe gives
@@ -46,8 +48,9 @@ def make_module(method: str) -> PersonalisationModule:
     return methods.module_class(method)("toyworld", **OPTIONS.get(method, {}))  # type: ignore[call-arg]
 
 
-def data_of(toy_data: Path) -> TripletDataModule:
-    return TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64, num_workers=0)
+def data_of(toy_data: Path, method: str) -> TripletDataModule:
+    seen = ReferenceAugmentation(background="black") if method == "instantbooth" else None
+    return TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64, num_workers=0, augmentation=seen)
 
 
 def fit(module: PersonalisationModule, toy_data: Path, steps: int, folder: Path, resume: Path | None = None) -> Path:
@@ -55,7 +58,7 @@ def fit(module: PersonalisationModule, toy_data: Path, steps: int, folder: Path,
     quiet = {**QUIET, "enable_checkpointing": True}
     keep = ModelCheckpoint(folder, filename=f"{steps}", every_n_train_steps=steps, save_top_k=-1)
     trainer = Trainer(max_steps=steps, callbacks=[keep], gradient_clip_val=1.0, default_root_dir=folder, **quiet)
-    trainer.fit(module, data_of(toy_data), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, data_of(toy_data, module.method), ckpt_path=resume, weights_only=True)
     return folder / f"{steps}.ckpt"
 
 
@@ -87,7 +90,7 @@ def draw(pipeline: SubjectPipeline, prompt: Any, cutouts: list[Image.Image], **m
 @pytest.mark.parametrize("method", TRAINED)
 def test_each_trainable_parameter_gets_a_gradient_and_no_frozen_one(toy_data, method) -> None:
     module = make_module(method)
-    batch = next(iter(data_of(toy_data).train_dataloader()))
+    batch = next(iter(data_of(toy_data, method).train_dataloader()))
     torch.manual_seed(0)
     with torch.no_grad():  # as in training: a layer that starts as none would hide what lies behind it
         for parameter in module.trainable().values():
@@ -99,6 +102,14 @@ def test_each_trainable_parameter_gets_a_gradient_and_no_frozen_one(toy_data, me
     assert set(trainable) == {name for of in module.trainable_groups().values() for name in of}
     for name, parameter in module.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == (name in trainable), name
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_memory_is_counted_without_training(toy_data, method) -> None:
+    module = make_module(method)
+    rows = memory_table(module, data_of(toy_data, method))
+    assert rows["gradients"] == sum(one.nbytes for one in module.trainable().values())
+    assert rows["activations"] > 0
 
 
 @pytest.mark.parametrize("method", TRAINED)

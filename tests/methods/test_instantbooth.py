@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUIET
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -149,6 +151,8 @@ def test_the_identifiers_place() -> None:
     assert with_identifier("a photo of a mug, on a beach", "mug", "sks") == "a photo of a sks mug, on a beach"
     assert with_identifier("A photo of a Red mug", "a red mug", "sks") == "A photo of a sks Red mug"
     assert with_identifier("a sks thing", "", "sks") == "a sks thing"
+    assert with_identifier("a photo of a Q mug", "mug", "q") == "a photo of a Q mug"  # CLIP's text has no case
+    assert with_identifier("a q-tip in a mug", "mug", "q") == "a q-tip in a q mug"
     assert with_identifier("a smug man with a mug", "mug", "sks") == "a smug man with a sks mug"
     for prompt, noun, message in (
         ("a photo of a dog", "mug", "does not hold its class noun 'mug'"),
@@ -204,6 +208,22 @@ def test_sampling_written_plainly(pipe, cutouts) -> None:
             e_text = net(latents, t.view(1), text, PatchTokens(f_p, beta))
             latents = scheduler.step(e + guidance * (e_text - e), t, latents).prev_sample
     torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
+
+
+def test_nothing_of_the_subject(pipe, cutouts) -> None:
+    """beta = alpha = 0: the base model's picture, with zeros for the identifier."""
+    found = draw(pipe, cutouts, beta=0.0, alpha=0.0, text_guidance=1.0, output_type="latent")
+    base = load_backbone("toyworld")
+    with torch.no_grad():
+        ids = tokenize(pipe.tokenizer, ["a photo of a q mug, on a beach"])
+        text = pipe.text_encoder(ids)[0]
+        text[ids == identifier_token(pipe.tokenizer, "q")] = 0
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        scheduler = pipe.scheduler_of(pipe.settings(num_inference_steps=3))
+        for t in scheduler.timesteps:
+            latents = scheduler.step(base.unet(latents, t, text).sample, t, latents).prev_sample
+    torch.testing.assert_close(found, latents, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found, draw(pipe, cutouts[::-1], beta=0.0, alpha=0.0, text_guidance=1.0, output_type="latent"))
 
 
 def test_references(pipe, cutouts) -> None:
@@ -262,6 +282,13 @@ def test_without_train_mask(toy_data) -> None:
 
 
 def test_bad_input(toy_data, pipe, cutouts, tmp_path, monkeypatch, capsys) -> None:
+    whole = Image.new("RGB", (64, 64), "red")
+    with pytest.raises(InputError, match=r"a reference without a mask.*--segmenter"):
+        draw(pipe, [whole])
+    with pytest.raises(InputError, match="lie behind what is read"):
+        draw(pipe, cutouts, "a big old nice red " * 20 + "mug")
+    with pytest.raises(InputError, match="a word of letters and digits"):
+        draw(pipe, cutouts, identifier="*")
     for given, message in (
         ({"class_noun": ""}, "where shall the identifier stand"),
         ({"class_noun": "dog"}, "does not hold its class noun 'dog'"),
@@ -273,6 +300,16 @@ def test_bad_input(toy_data, pipe, cutouts, tmp_path, monkeypatch, capsys) -> No
     assert torch.equal(draw(pipe, cutouts, "a photo of a q mug, on a beach", class_noun=""), draw(pipe, cutouts))
     with pytest.raises(InputError, match="'sks' is 3 tokens"):
         InstantBooth("toyworld")
+    with pytest.raises(InputError, match="model.lr_vision must be between 0 and 1"):
+        InstantBooth("toyworld", identifier="q", lr_vision=-1.0)
+    module = InstantBooth("toyworld", identifier="q")
+    batch = batch_of(toy_data, background="black")
+    batch.objects[1] = "dragon"
+    with pytest.raises(InputError, match=rf"sample {batch.keys[1]}: .*'dragon'"):
+        module.losses(batch, training=True)
+    on_white = TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64, num_workers=0)
+    with pytest.raises(InputError, match=r"data.augmentation.background to black"):
+        Trainer(max_steps=1, **QUIET).fit(module, on_white)
     with pytest.raises(InputError, match="tuned_vision_layers must be between 1 and"):
         InstantBooth("toyworld", identifier="q", tuned_vision_layers=99)
     pipe.save_pretrained(tmp_path / "model")

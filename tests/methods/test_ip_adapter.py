@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_what_is_dropped(batch, monkeypatch) -> None:
     assert not neither[1].any()
     with pytest.raises(InputError, match="text_dropout"):
         IPAdapter("toyworld", text_dropout=1.5)
-    with pytest.raises(InputError, match="both_dropout"):
+    with pytest.raises(InputError, match="add up to 1.1"):
         IPAdapter("toyworld", text_dropout=0.5, image_dropout=0.4, both_dropout=0.2)
 
 
@@ -181,6 +182,12 @@ def test_released_weights_are_drawn_with_and_trained_on(pipe, cutouts, tmp_path,
     for load in (lambda: load_release(file, "toyworld"), lambda: IPAdapter("toyworld", weights=file)):
         with pytest.raises(InputError, match=r"image_proj.proj.weight has shape \(3, 3\)"):
             load()
+    told = json.loads((tmp_path / "model/delta.json").read_text())
+    told["options"]["vision_digest"] = "0" * 64
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/delta.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="is not the one that the model was trained on"):
+        load_pipeline(tmp_path / "again", "cpu")
     with pytest.raises(InputError, match=r"cannot load a CLIPVisionModelWithProjection from 'nowhere/none'"):
         IPAdapter("toyworld", image_encoder="nowhere/none")
     export(tmp_path / "again", model=str(tmp_path / "model"), delta=True)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pig import diffusion
 from pig.data.schema import Batch
-from pig.errors import InputError
+from pig.errors import InputError, check_ranges
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
 from pig.methods.instantbooth.pipeline import VISION, InstantBoothPipeline, InstantBoothSettings
-from pig.models.backbone import sent, tokenize
+from pig.models.backbone import sent, tokenize, weights_digest
 from pig.models.identifier import identifier_token, with_identifier
 from pig.models.vision import load_vision, pictures_of, vision_for
 from pig.training.module import PersonalisationModule
@@ -26,9 +26,10 @@ class InstantBooth(PersonalisationModule):
 
     Args:
         base: see `PersonalisationModule`.
-        image_encoder: a CLIP's image tower: a folder, a hub id, or `toyworld`; by default OpenAI's ViT-L/14 (4.1).
-        identifier: one token of the vocabulary (4.1).
-        lr_heads, lr_adapters: of the fully-connected layers behind the image encoder, and of the adapters (4.1). With
+        image_encoder: a CLIP's image tower: a folder, a hub id, or `toyworld`; by default OpenAI's ViT-L/14, whose 257
+            tokens the paper names (3.2).
+        identifier: one token of the vocabulary (4.2).
+        lr_heads, lr_adapters: of the fully-connected layers behind the image encoder, and of the adapters (4.2). With
             rate 0 the adapters stay what they are at the start: none (Table 3, "w/o adapter").
         lr_vision, lr_unet: of what is tuned besides (Table 3); at rate 0 it is frozen.
         tuned_vision_layers: for `lr_vision`: so many of the image encoder's last layers.
@@ -64,6 +65,9 @@ class InstantBooth(PersonalisationModule):
         optimizer: OptimizerName = "adamw",
         micro_batch: int | None = None,
     ) -> None:
+        rates = {"lr_heads": lr_heads, "lr_adapters": lr_adapters, "lr_vision": lr_vision, "lr_unet": lr_unet}
+        for name, rate in rates.items():
+            check_ranges(**{f"model.{name}": (rate, 0, 1)})
         own = {"identifier": identifier, "text_guidance": text_guidance, "beta": beta, "alpha": alpha}
         InstantBoothSettings.given(own, {})  # a mistake is said now, not at the first validation
         self.own_settings = own
@@ -72,6 +76,7 @@ class InstantBooth(PersonalisationModule):
         self.save_hyperparameters()
         self.image_encoder = vision_for(base, image_encoder, VISION)
         vision = load_vision(self.image_encoder)
+        self.vision_digest = weights_digest(vision)
         layers = len(vision.vision_model.encoder.layers)
         if not 1 <= tuned_vision_layers <= layers:
             raise InputError(f"model.tuned_vision_layers must be between 1 and {layers}, got {tuned_vision_layers}")
@@ -86,22 +91,30 @@ class InstantBooth(PersonalisationModule):
         self.net.train()  # `from_pretrained` leaves modules in eval mode
         if gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
-        rates = {"heads": lr_heads, "adapters": lr_adapters, "vision": lr_vision, "unet": lr_unet}
-        self.train_only({group: rates[group] for group in self.trainable_groups()}, schedule)
+        self.train_only({group: rates[f"lr_{group}"] for group in self.trainable_groups()}, schedule)
 
     def losses(self, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Squared error of each sample, (B,), and its timestep, (B,)."""
         self.check_encoded(batch.encoded_by)
         noised = noised_targets(self, batch, uniforms=0)
         f_c, f_p = self.net.read(pictures_of(batch))
-        texts = [
-            with_identifier(caption, noun, self.identifier)
-            for caption, noun in zip(batch.captions, batch.objects, strict=True)
-        ]
+        texts = [self._text_of(*sample) for sample in zip(batch.captions, batch.objects, batch.keys, strict=True)]
         ids = sent(tokenize(self.backbone.tokenizer, texts), self.device)
         text = text_with_concept(self.text_encoder, ids, self.token, f_c, before_text=self.before_text)
         predicted = self.net(noised.z_t.to(self.net.unet.dtype), noised.t, text, f_p)
         return diffusion.loss_per_sample(predicted, noised.target), noised.t
+
+    def _text_of(self, caption: str, noun: str, key: str) -> str:
+        try:
+            return with_identifier(caption, noun, self.identifier)
+        except InputError as error:
+            raise InputError(f"sample {key}: {error}. InstantBooth needs captions that name their object") from error
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        augmentation = getattr(self.trainer.datamodule, "augmentation", None)
+        if stage == "fit" and augmentation is not None and augmentation.background == "white":
+            raise InputError("InstantBooth sees objects on black (Eq. 1): set data.augmentation.background to black")
 
     def pipeline(self) -> InstantBoothPipeline:
         pipeline = InstantBoothPipeline(
@@ -113,6 +126,7 @@ class InstantBooth(PersonalisationModule):
             concept=self.net.concept,
             scheduler=copy.deepcopy(self.backbone.scheduler),
             vision=self.image_encoder,
+            vision_digest=self.vision_digest,
             before_text=self.before_text,
             tuned_vision_layers=self.net.tuned_vision_layers,
             tuned_unet=self.net.tuned_unet,

@@ -12,21 +12,22 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from pig.attention.adapters import PatchTokens
 from pig.data.transforms import BLACK
+from pig.errors import InputError
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
-from pig.models.backbone import Backbone, tokenize
-from pig.models.identifier import identifier_token, with_identifier
+from pig.models.backbone import Backbone, tokenize, weights_digest
+from pig.models.identifier import first_positions, identifier_token, with_identifier
 from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import classifier_free
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.settings import SamplingSettings, control
 
-VISION = "openai/clip-vit-large-patch14"  # section 4.1: of the base model's own text encoder
+VISION = "openai/clip-vit-large-patch14"  # which has the 257 tokens of section 3.2
 
 
 @dataclass(frozen=True)
 class InstantBoothSettings(SamplingSettings):
-    """InstantBooth's controls (section 3.4)."""
+    """InstantBooth's controls (sections 3.4 and 4.4)."""
 
     beta: float = control(0.3, 0, 1)
     """Of the adapters: more keeps the subject better and follows the prompt less (balanced sampling). 1 in training."""
@@ -51,7 +52,7 @@ class InstantBoothPipeline(SubjectPipeline):
         vae, text_encoder, tokenizer, unet, scheduler: of the base model.
         image_encoder: a CLIP's image tower.
         concept: trained; see `Concept`.
-        vision: the image encoder's name.
+        vision, vision_digest: the image encoder's name, and the digest of its weights as loaded; see `load_vision`.
         before_text, tuned_vision_layers, tuned_unet: as the model was trained; see `InstantBooth`.
         base: the base model's name. settings: the model's own defaults, over those of `InstantBoothSettings`.
         network: all networks together, where there are such already.
@@ -71,6 +72,7 @@ class InstantBoothPipeline(SubjectPipeline):
         concept: Concept,
         scheduler: SchedulerMixin,
         vision: str | None = None,
+        vision_digest: str | None = None,
         before_text: bool = False,
         tuned_vision_layers: int = 0,
         tuned_unet: bool = False,
@@ -93,7 +95,7 @@ class InstantBoothPipeline(SubjectPipeline):
             },
         )
         tuned: dict[str, Any] = {"tuned_vision_layers": tuned_vision_layers, "tuned_unet": tuned_unet}
-        self.register_to_config(vision=vision, before_text=before_text, **tuned)
+        self.register_to_config(vision=vision, vision_digest=vision_digest, before_text=before_text, **tuned)
         self.network = network or InstantBoothNet(unet, image_encoder, concept, **tuned)
 
     @classmethod
@@ -104,24 +106,30 @@ class InstantBoothPipeline(SubjectPipeline):
         base: str,
         settings: Mapping[str, Any],
         vision: str | None = None,
+        vision_digest: str | None = None,
         patch_feature: bool = True,
         **options: Any,
     ) -> Self:
         vision = vision_for(base, vision, VISION)
-        image_encoder = load_vision(vision)
+        image_encoder = load_vision(vision, vision_digest)
         return cls(
             **vars(backbone),
             image_encoder=image_encoder,
             concept=Concept.of(backbone.unet, image_encoder, patch_feature=patch_feature),
             vision=vision,
+            vision_digest=vision_digest or weights_digest(image_encoder),
             base=base,
             settings=dict(settings),
             **options,
         )
 
     def model_options(self) -> dict[str, Any]:
-        own = ("vision", "before_text", "tuned_vision_layers", "tuned_unet")
+        own = ("vision", "vision_digest", "before_text", "tuned_vision_layers", "tuned_unet")
         return {**{name: self.config[name] for name in own}, "patch_feature": self.concept.patch_feature}
+
+    @classmethod
+    def check_prompt(cls, prompt: str, noun: str, settings: InstantBoothSettings) -> None:
+        with_identifier(prompt, noun, settings.identifier)
 
     def condition(self, call: Call, settings: InstantBoothSettings) -> InstantBoothCondition:
         token = identifier_token(self.tokenizer, settings.identifier)
@@ -129,8 +137,15 @@ class InstantBoothPipeline(SubjectPipeline):
             with_identifier(prompt, noun, settings.identifier)
             for prompt, noun in zip(call.prompts, call.class_nouns, strict=True)
         ]
+        if any(one.getchannel("A").getextrema() == (255, 255) for of in call.references for one in of):
+            raise InputError(
+                "a reference without a mask: InstantBooth sees the object alone, on black. Give pictures with an alpha "
+                "channel, a NAME.mask.png beside each, or --segmenter"
+            )
         f_c, f_p = self.concept(*look_at_references(self.image_encoder, call.references, BLACK))
         ids = tokenize(self.tokenizer, prompts).to(self._execution_device)
+        if not first_positions(ids, token).any(1).all():
+            raise InputError("a prompt is too long: its identifier and class noun lie behind what is read of it")
         before_text = self.config.before_text
         text = text_with_concept(self.text_encoder, ids, token, settings.alpha * f_c, before_text=before_text)
         text = text.repeat_interleave(call.images_per_prompt, dim=0)

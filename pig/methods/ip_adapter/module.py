@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pig import diffusion
 from pig.data.schema import Batch
-from pig.errors import check_ranges
+from pig.errors import InputError, check_ranges
 from pig.methods.ip_adapter.network import ImagePrompt, IPAdapterNet
 from pig.methods.ip_adapter.pipeline import VISION, IPAdapterPipeline, IPAdapterSettings
+from pig.models.backbone import weights_digest
 from pig.models.vision import load_vision, look, pictures_of, vision_for
 from pig.models.weights import copy_weights, read_weights
 from pig.training.module import PersonalisationModule
@@ -59,13 +60,15 @@ class IPAdapter(PersonalisationModule):
         self.dropouts = (text_dropout, image_dropout, both_dropout)
         for name, value in zip(("text_dropout", "image_dropout", "both_dropout"), self.dropouts, strict=True):
             check_ranges(**{f"model.{name}": (value, 0, 1)})
-        check_ranges(text_dropout_image_dropout_both_dropout=(sum(self.dropouts), 0, 1))
+        if sum(self.dropouts) > 1:
+            raise InputError(f"the three dropouts of the model add up to {sum(self.dropouts)}, more than 1")
         self.own_settings = {"text_guidance": text_guidance, "scale": scale}
         IPAdapterSettings.given(self.own_settings, {})  # a mistake is said now, not at the first validation
         super().__init__(base, optimizer, micro_batch)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["weights"])  # a checkpoint holds what has become of them
         self.image_encoder = vision_for(base, image_encoder, VISION)
         self.vision = load_vision(self.image_encoder)
+        self.vision_digest = weights_digest(self.vision)
         prompt = ImagePrompt.of(self.backbone.unet, self.vision.config.projection_dim)
         if weights is not None:
             own = dict(prompt.named_parameters())
@@ -104,6 +107,7 @@ class IPAdapter(PersonalisationModule):
             prompt=self.net.prompt,
             scheduler=copy.deepcopy(self.backbone.scheduler),
             vision=self.image_encoder,
+            vision_digest=self.vision_digest,
             base=self.base,
             settings=self.own_settings,
             network=self.net,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from pig.methods.ip_adapter.network import ImagePrompt, IPAdapterNet
-from pig.models.backbone import Backbone
+from pig.models.backbone import Backbone, weights_digest
 from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import classifier_free
@@ -46,7 +46,7 @@ class IPAdapterPipeline(SubjectPipeline):
         vae, text_encoder, tokenizer, unet, scheduler: of the base model, all frozen.
         image_encoder: a CLIP's image tower, frozen.
         prompt: trained; see `ImagePrompt`.
-        vision: the image encoder's name.
+        vision, vision_digest: the image encoder's name, and the digest of its weights as loaded; see `load_vision`.
         base: the base model's name. settings: the model's own defaults, over those of `IPAdapterSettings`.
         network: UNet and image prompt together, where there are such already.
     """
@@ -68,6 +68,7 @@ class IPAdapterPipeline(SubjectPipeline):
         prompt: ImagePrompt,
         scheduler: SchedulerMixin,
         vision: str | None = None,
+        vision_digest: str | None = None,
         base: str | None = None,
         settings: dict[str, Any] | None = None,
         network: IPAdapterNet | None = None,
@@ -86,7 +87,7 @@ class IPAdapterPipeline(SubjectPipeline):
                 "scheduler": scheduler,
             },
         )
-        self.register_to_config(vision=vision)
+        self.register_to_config(vision=vision, vision_digest=vision_digest)
         self.network = network or IPAdapterNet(unet, prompt)
 
     @classmethod
@@ -97,22 +98,24 @@ class IPAdapterPipeline(SubjectPipeline):
         base: str,
         settings: Mapping[str, Any],
         vision: str | None = None,
+        vision_digest: str | None = None,
         **options: Any,
     ) -> Self:
         vision = vision_for(base, vision, VISION)
-        image_encoder = load_vision(vision)
+        image_encoder = load_vision(vision, vision_digest)
         return cls(
             **vars(backbone),
             image_encoder=image_encoder,
             prompt=ImagePrompt.of(backbone.unet, image_encoder.config.projection_dim),
             vision=vision,
+            vision_digest=vision_digest or weights_digest(image_encoder),
             base=base,
             settings=dict(settings),
             **options,
         )
 
     def model_options(self) -> dict[str, Any]:
-        return {"vision": self.config.vision}
+        return {name: self.config[name] for name in ("vision", "vision_digest")}
 
     def save_beside_delta(self, folder: Path) -> None:
         """Where `StableDiffusionPipeline.load_ip_adapter` looks for it."""
