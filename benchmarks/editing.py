@@ -24,9 +24,11 @@ from rich.progress import track
 
 from benchmarks.sweep import brackets
 from pig.data.grids import labelled_grid
-from pig.methods import load_pipeline
+from pig.errors import InputError
+from pig.methods import METHODS, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
 from pig.models.encoders import load_dino
+from pig.sampling.settings import controls
 from pig.toyworld import scene
 
 BOX = (12, 16, 52, 56)
@@ -74,6 +76,9 @@ def main() -> None:
         console.print(f"{name}: DINO of the box {fmean(found[name]):.3f} {brackets(found[name])}")
 
     report("before", columns["picture"])
+    known = {one.name for method in METHODS for one in controls(pipeline_class(method).Settings)}
+    if unknown := told.keys() - known:
+        raise InputError(f"--set: {min(unknown)!r} is no control of any method")
     for name, _, model in (one.partition("=") for one in chosen.models):
         pipeline = load_pipeline(model)
         pipeline.set_progress_bar_config(disable=True)

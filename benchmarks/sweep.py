@@ -141,9 +141,10 @@ def markdown(title: str, usual: str, names: list[str], found: dict[str, dict[str
         scores = found[name]
         gaps = [a - b for a, b in zip(scores["dino"], found[usual]["dino"], strict=True)]
         gap = "" if name == usual else f"{fmean(gaps):+.3f} {brackets(gaps, '+.3f')}"
-        cells = [f"{fmean(scores[s]):.3f} {brackets(scores[s])}" for s in ("dino", "clip_i", "clip_t")]
+        shown = ("dino", "clip_i", "clip_t", "prompt_accuracy")
+        cells = [f"{fmean(scores[one]):.3f} {brackets(scores[one])}" for one in shown]
         cells.insert(1, gap)
-        lines.append(f"| {name} | {' | '.join(cells)} | {fmean(scores['prompt_accuracy']):.3f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

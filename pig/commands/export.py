@@ -37,6 +37,8 @@ def export(
     """
     if sum(one is not None for one in (checkpoint, model, from_release)) != 1:
         raise InputError("give one of --checkpoint, --model and --from_release")
+    if base != RELEASE_BASE and from_release is None:
+        raise InputError("--base is for --from_release: a checkpoint and a model know theirs")
     if half and not delta:
         raise InputError("--half is for --delta")
     if out.exists() and not out.is_dir():

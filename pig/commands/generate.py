@@ -243,14 +243,14 @@ def announce(
     pipeline.set_progress_bar_config(disable=True)
     prompts, references = [job.prompt for job in batch], [cutouts[job.subject.name] for job in batch]
     nouns = [job.subject.class_noun for job in batch]
-    seconds, steps = {}, {}
+    seconds, steps, edits = {}, {}, more.get("image") is not None
     for number in (1, 2, 4):  # the first one warms up
         settings = replace(chosen, num_inference_steps=number)
         began = time.perf_counter()
         pipeline(prompts, references, class_noun=nouns, **more, **settings.as_json())
-        seconds[number], steps[number] = time.perf_counter() - began, pipeline.steps_of(settings)
+        seconds[number], steps[number] = time.perf_counter() - began, pipeline.steps_of(settings, edits=edits)
     per_step = max(0.0, seconds[4] - seconds[2]) / (steps[4] - steps[2])
-    per_batch = seconds[4] + per_step * (pipeline.steps_of(chosen) - steps[4])
+    per_batch = seconds[4] + per_step * (pipeline.steps_of(chosen, edits=edits) - steps[4])
     console.print(f"{count} images, on this machine about {per_batch * count / len(batch) / 60:.1f} minutes")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
@@ -36,8 +35,11 @@ def weights_at(weights: Mapping[str, float], step: int, steps: int, settings: Sa
 
 def combine(predictions: Mapping[str, Tensor], weights: Mapping[str, float], settings: SamplingSettings) -> Tensor:
     """The guided prediction (B, 4, h, w) from that of each branch."""
-    first = next(iter(predictions.values()))
-    guided = sum((weight * predictions[branch] for branch, weight in weights.items()), start=torch.zeros_like(first))
+    # The weights add up to 1. In this form, two branches are diffusers' own guidance, bit for bit.
+    first, *others = weights
+    guided = predictions[first]
+    for branch in others:
+        guided = guided + weights[branch] * (predictions[branch] - predictions[first])
     if settings.guidance_rescale > 0 and "text_im" in predictions:
         guided = rescale_noise_cfg(guided, predictions["text_im"], settings.guidance_rescale)
     return guided

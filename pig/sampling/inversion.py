@@ -9,6 +9,17 @@ from torch import Tensor
 from pig.errors import InputError
 from pig.sampling.loop import Predict
 
+# Whatever solver the sampler is set to: two steps back, no noise, its own sigmas.
+PLAIN = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+}
+
 
 def invert(predict: Predict, z_0: Tensor, scheduler: SchedulerMixin, timesteps: Tensor) -> dict[int, Tensor]:
     """Run DPM-Solver++ (arXiv 2211.01095) backwards in time, from a picture to each of a sampler's timesteps.
@@ -35,11 +46,11 @@ def invert(predict: Predict, z_0: Tensor, scheduler: SchedulerMixin, timesteps: 
     latents, found = z_0, {rising[0]: z_0} if path == rising else {}
     if len(path) == 1:
         return found
-    inverse = DPMSolverMultistepInverseScheduler.from_config(scheduler.config)
+    inverse = DPMSolverMultistepInverseScheduler.from_config(scheduler.config, **PLAIN)
     inverse.set_timesteps(len(path) - 1)
     # Its own timesteps are not those of the sampler.
     inverse.timesteps = torch.tensor(path[:-1], device=z_0.device)
-    alphas_cumprod = inverse.alphas_cumprod[path]
+    alphas_cumprod = scheduler.alphas_cumprod[path]
     inverse.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     for step, t in enumerate(inverse.timesteps):
         latents = inverse.step(predict(latents, t, step), t, latents, return_dict=False)[0]

@@ -134,8 +134,8 @@ class SubjectPipeline(EncodingPipeline):
                 on_step=on_step,
             )
 
-    def steps_of(self, settings: Any) -> int:
-        """How many steps of the loop a picture takes, at most."""
+    def steps_of(self, settings: Any, *, edits: bool = False) -> int:
+        """How many steps of the loop a picture takes, at most. edits: drawn into a picture that is given."""
         return settings.num_inference_steps
 
     def model_options(self) -> dict[str, Any]:
@@ -212,7 +212,8 @@ class SubjectPipeline(EncodingPipeline):
             keep_loops: of a method that draws in loops: return `loops` beside `images`: of each picture the first
                 version and that of every loop, the last one being the picture itself.
             callback_on_step_end: as in diffusers: called with this pipeline, step, t and `{"latents": ...}`, whose
-                latents it may replace. Setting `pipeline._interrupt = True` ends the drawing as it stands.
+                latents it may replace. A method that draws in loops counts the steps of each loop from 0.
+                Setting `pipeline._interrupt = True` ends the drawing as it stands.
             settings: the method's controls; see its `Settings`.
 
         Raises:
@@ -288,6 +289,8 @@ class SubjectPipeline(EncodingPipeline):
         steps = settings.num_inference_steps
         check_ranges(num_inference_steps=(steps, 1, scheduler.config.num_train_timesteps))
         scheduler.set_timesteps(steps, device=self._execution_device)
+        if int(scheduler.timesteps.max()) >= scheduler.config.num_train_timesteps:
+            raise InputError(f"num_inference_steps={steps} are too many for this sampler's spacing: give fewer")
         return scheduler
 
     def _step_handler(self, callback: StepCallback | None) -> OnStep:

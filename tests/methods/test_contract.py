@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUIET, generate
+from diffusers import StableDiffusionPipeline
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
@@ -160,14 +161,23 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch(cutouts, method) -> No
     assert not torch.allclose(one[0], one[1])
 
 
+@pytest.mark.parametrize("scheduler", ["unipc", "ddpm"])
 @pytest.mark.parametrize("method", PROMISING)
-def test_without_references_the_plain_base_model(cutouts, method) -> None:
+def test_without_references_diffusers_own_pipeline(cutouts, method, scheduler) -> None:
+    """Bit for bit, guidance included."""
     base = load_pipeline("base:toyworld", "cpu")
     pipeline = base if method == "base" else make_module(method).pipeline()
-    common = {"text_guidance": 3.0, "generator": seeds(1)}
-    expected = draw(base, PROMPTS[0], [], **common)
-    common["generator"] = seeds(1)
-    assert torch.equal(draw(pipeline, PROMPTS[0], cutouts, **common, **pipeline.without_references), expected)
+    parts = {name: getattr(base, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    sampler = base.scheduler_of(base.settings(scheduler=scheduler))
+    plain = StableDiffusionPipeline(
+        **parts, scheduler=sampler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    told = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    expected = plain(PROMPTS[0], generator=torch.Generator().manual_seed(1), **told).images
+    own = {**told, **(pipeline.without_references or {}), "scheduler": scheduler}
+    found = pipeline(PROMPTS[0], cutouts, class_noun="mug", generator=torch.Generator().manual_seed(1), **own).images
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", [*METHODS, TOY])

@@ -22,6 +22,7 @@ from pig.data.subjects import read_subjects
 from pig.data.transforms import to_tensor
 from pig.errors import InputError
 from pig.methods import load_pipeline, load_release
+from pig.methods.ezigen import pipeline as ezigen
 from pig.methods.ezigen.module import EZIGen
 from pig.methods.ezigen.network import blocks_of
 from pig.methods.ezigen.pipeline import EZIGenPipeline
@@ -180,6 +181,65 @@ def test_the_picture_of_each_loop(pipe, cutouts) -> None:
     assert pipe.steps_of(pipe.settings(num_inference_steps=50, loops=3)) == 50 + 3 * 20
     assert pipe.steps_of(pipe.settings(num_inference_steps=50)) == 50 + 10 * 20
     assert pipe.steps_of(pipe.settings(num_inference_steps=50, transfer_everywhere=True)) == 50
+    with pytest.raises(InputError, match="num_inference_steps=1000 are too many"):
+        pipe(PROMPT, cutouts, num_inference_steps=1000)
+
+
+@pytest.mark.parametrize("given", [{}, {"transfer_everywhere": True}, {"adapter_scale": 0.0}, {"layout_share": 0.99}])
+def test_steps_are_counted_before(pipe, cutouts, hole, given) -> None:
+    seen: list[int] = []
+
+    def count(pipeline: Any, step: int, t: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(step)
+        return given
+
+    for pictures in ({}, hole):
+        seen.clear()
+        told = {"num_inference_steps": 5, "loops": 2, "class_noun": "mug", "output_type": "latent", **given}
+        pipe(PROMPT, cutouts, callback_on_step_end=count, **pictures, **told)
+        settings = pipe.settings(num_inference_steps=5, loops=2, **given)
+        assert len(seen) == pipe.steps_of(settings, edits=bool(pictures)), (given, bool(pictures))
+
+
+def test_who_stays_keeps_what_is_its_own(pipe, toy_data, monkeypatch) -> None:
+    """Two subjects; the first leaves after one loop: the second is drawn as it is alone."""
+    subjects = read_subjects(toy_data / "subjects")
+    references = [subjects[6].references(2), subjects[0].references(2)]
+    prompts, nouns = [PROMPT, "a photo of a car, in space"], ["mug", "car"]
+    told = {"num_inference_steps": 5, "max_loops": 2, "min_loops": 0, "output_type": "latent", "image_guidance": 3.0}
+
+    def seeds(*numbers: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    monkeypatch.setattr(ezigen, "going_on", lambda active, *_: active[1:] if len(active) > 1 else active)
+    monkeypatch.setattr(pipe, "_seen", lambda latents: latents.flatten(1))
+    together = pipe(prompts, references, class_noun=nouns, generator=seeds(1, 2), **told).images
+    second = pipe(prompts[1], references[1], class_noun="car", generator=seeds(2), **told).images
+    first = pipe(PROMPT, references[0], class_noun="mug", generator=seeds(1), **{**told, "max_loops": 1}).images
+    torch.testing.assert_close(together, torch.cat([first, second]), atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_loop_leaves_the_finished_picture(pipe, cutouts) -> None:
+    told = {"num_inference_steps": 5, "loops": 2, "class_noun": "mug", "output_type": "latent"}
+    count = iter(range(100))
+
+    def stop(pipeline: Any, step: int, t: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipeline._interrupt = next(count) == 7  # the first step of the second loop
+        return given
+
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+    found = pipe(PROMPT, cutouts, generator=seeds[0], callback_on_step_end=stop, **told).images
+    assert torch.equal(found, pipe(PROMPT, cutouts, generator=seeds[1], **{**told, "loops": 1}).images)
+
+
+def test_references_are_projected_once(pipe, cutouts, hole, monkeypatch) -> None:
+    layer, shapes = next(iter(pipe.adapters.by_block().values())), []
+    hook = layer.to_k.register_forward_hook(lambda _, given, __: shapes.append(given[0].shape))
+    seeds = [torch.Generator().manual_seed(one) for one in range(3)]
+    told = {"num_inference_steps": 5, "loops": 2, "num_images_per_prompt": 3, "generator": seeds}
+    pipe(PROMPT, cutouts, class_noun="mug", **told, **hole)
+    hook.remove()
+    assert [tuple(shape[:2]) for shape in shapes if len(shape) == 4] == [(1, 1)]
 
 
 def release_of(unet: UNet2DConditionModel, seed: int) -> dict[str, Tensor]:
@@ -211,14 +271,23 @@ def test_the_releases_checkpoint(tmp_path, capsys) -> None:
         assert torch.equal(own[f"{block}.to_out.0.bias"], weights[f"{block}.adapter.to_out.0.bias"])
         assert torch.equal(own[f"{block}.norm.weight"], weights[f"{block}.adapter_norm.weight"])
         assert own[f"{block}.scale"] == weights["learnable_weights"][number]
+    assert (pipe.settings().max_loops, pipe.settings().renoise_timestep) == (9, 400)
     assert all(layer.double_residual for layer in pipe.adapters.by_block().values())
 
     block = blocks_of(unet)[1]
     wrong: list[tuple[dict[str, Tensor], str]] = [
         ({**weights, f"{block}.adapter.to_q.weight": torch.ones(3, 3)}, "has shape (3, 3)"),
         ({**weights, "learnable_weights": torch.ones(16)}, "learnable_weights has shape (16,)"),
-        ({**weights, "conv_in.bias": weights["conv_in.bias"] + 1}, "conv_in.bias is not that of the base model"),
+        (
+            {**weights, "conv_in.bias": weights["conv_in.bias"] + 1},
+            "conv_in.bias is missing, or not that of the base model",
+        ),
         ({name: one for name, one in weights.items() if name != f"{block}.adapter.to_k.weight"}, "1 names differ"),
+        ({**weights, "conv_in.bias": weights["conv_in.bias"] * float("nan")}, "conv_in.bias is missing, or not that"),
+        (
+            {name: one for name, one in weights.items() if name != "conv_in.bias"},
+            "conv_in.bias is missing, or not that",
+        ),
         ({"conv_in.bias": weights["conv_in.bias"]}, "no checkpoint of a release known here"),
     ]
     for given, message in wrong:

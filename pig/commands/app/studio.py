@@ -92,7 +92,8 @@ class Studio:
         if seed is None or not 0 <= seed <= SEEDS - count:
             raise InputError("the seed must be a whole number from 0 on, below 2^32")
         cancelled = self._cancelled[session] = threading.Event()
-        total, done = self.pipeline.steps_of(self.pipeline.settings(**settings)), itertools.count(1)
+        total = self.pipeline.steps_of(self.pipeline.settings(**settings), edits=bool(hole))
+        done = itertools.count(1)
 
         def after_step(pipeline: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
             number = next(done)

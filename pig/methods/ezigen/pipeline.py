@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +30,11 @@ from pig.sampling.references import reference_reader
 from pig.sampling.settings import SamplingSettings, control
 
 CLIP = "openai/clip-vit-base-patch32"  # of the stop rule
+
+
+@lru_cache(maxsize=1)  # a training makes pipelines often
+def stop_clip(name: str, device: torch.device) -> Clip:
+    return load_clip(name, device)
 
 
 def reference_prompt(noun: str) -> str:
@@ -58,7 +64,8 @@ class EZIGenSettings(SamplingSettings):
     adapter_scale: float = control(1.0, 0, 2)
     """Of what the adapters add: 0 is the base model alone."""
     transfer_everywhere: bool = control(False)
-    """Transfer at all steps, without layout and loops (the first line of Table 5)."""
+    """Transfer at all steps, without layout and loops (the first line of Table 5). In editing: go back to the first
+    step."""
     image_guidance: float = control(1.0, 0, 1000, slider=(0, 15))
     """How closely to follow the references in the transfer: eta_im of BootPIG's Eq. 4. 1 is the paper's: features in
     both branches."""
@@ -70,9 +77,17 @@ class EZIGenSettings(SamplingSettings):
         if self.min_loops > self.max_loops:
             raise InputError(f"min_loops={self.min_loops} is above max_loops={self.max_loops}")
 
-    def first_transfer(self, steps: int) -> int:
-        """The number of the first transfer step."""
-        return 0 if self.transfer_everywhere else round(self.layout_share * steps)
+    def first_transfer(self, steps: int, edits: bool = False) -> int:
+        """The number of the first transfer step; in editing there is always one."""
+        first = 0 if self.transfer_everywhere else round(self.layout_share * steps)
+        return min(first, steps - 1) if edits else first
+
+    def most_loops(self, steps: int, edits: bool = False) -> int:
+        """How many loops a picture goes through, at most."""
+        none = self.transfer_everywhere or self.adapter_scale == 0 or self.first_transfer(steps) == steps
+        if none and not edits:
+            return 0
+        return self.max_loops if self.loops is None else self.loops
 
 
 @dataclass(eq=False)
@@ -89,14 +104,19 @@ class EZIGenCondition(Condition):
     first: int
 
     def of(self, pictures: Sequence[int]) -> EZIGenCondition:
-        """For some of the pictures, each with references of its own."""
+        """For some of the pictures; each brings its own references, unless all have the same."""
+        if list(pictures) == list(range(len(self.group_of))):
+            return self
         rows, references = [self.group_of[one] for one in pictures], self.references
+        if len(set(rows)) == 1:
+            rows = rows[:1]
         if references is not None:
             features = {name: f[rows] for name, f in references.features.items()}
             projected = {name: (k[rows], v[rows]) for name, (k, v) in references.projected.items()}
             references = replace(references, features=features, projected=projected)
         text = {name: one[list(pictures)] for name, one in self.text.items()}
-        return replace(self, text=text, references=references, group_of=list(range(len(rows))))
+        groups = list(range(len(rows))) if len(rows) > 1 else [0] * len(pictures)
+        return replace(self, text=text, references=references, group_of=groups)
 
 
 class EZIGenPipeline(SubjectPipeline):
@@ -147,7 +167,6 @@ class EZIGenPipeline(SubjectPipeline):
         clip = clip or (TOYWORLD if base == TOYWORLD else CLIP)
         self.register_to_config(reference_timestep=reference_timestep, clip=clip)
         self.network = network or EZIGenNet(unet, adapters=adapters)
-        self._clip: Clip | None = None
 
     @classmethod
     def from_backbone(
@@ -171,21 +190,18 @@ class EZIGenPipeline(SubjectPipeline):
         own = {name: self.config[name] for name in ("reference_timestep", "clip")}
         return {**own, "double_residual": self.adapters.config.double_residual}
 
-    def steps_of(self, settings: EZIGenSettings) -> int:
+    def steps_of(self, settings: EZIGenSettings, *, edits: bool = False) -> int:
         steps = settings.num_inference_steps
-        if settings.transfer_everywhere or settings.adapter_scale == 0:
-            return steps
-        return steps + most_loops(settings) * (steps - settings.first_transfer(steps))
+        first = settings.first_transfer(steps, edits)
+        return (0 if edits else steps) + settings.most_loops(steps, edits) * (steps - first)
 
     def condition(self, call: Call, settings: EZIGenSettings) -> EZIGenCondition:
         steps, edits = len(call.scheduler.timesteps), call.known is not None
-        first = settings.first_transfer(steps)
-        if edits:
-            if (settings.layout_share == 1 and not settings.transfer_everywhere) or most_loops(settings) == 0:
-                raise InputError("editing needs a transfer: layout_share below 1, and at least one loop")
-            first = min(first, steps - 1)  # of few steps, too
-        if settings.loops is None and (edits or (settings.adapter_scale > 0 and not settings.transfer_everywhere)):
-            self._clip = self._clip or self._load_clip()  # not found missing after the first picture
+        loops = settings.most_loops(steps, edits)
+        if edits and ((settings.layout_share == 1 and not settings.transfer_everywhere) or loops == 0):
+            raise InputError("editing needs a transfer: layout_share below 1, and at least one loop")
+        if settings.loops is None and loops:
+            self._load_clip()  # not found missing after the first picture
         references = self._read(call, settings) if settings.adapter_scale > 0 else None
         rows = 1 if references is None else len(next(iter(references.features.values())))
         guidance = settings.editing_guidance if edits else settings.text_guidance
@@ -196,7 +212,7 @@ class EZIGenPipeline(SubjectPipeline):
             layout=classifier_free(guidance),
             references=references,
             group_of=[one * rows // call.count for one in range(call.count)],
-            first=first,
+            first=settings.first_transfer(steps, edits),
         )
 
     def _read(self, call: Call, settings: EZIGenSettings) -> ScaledReferences:
@@ -243,11 +259,9 @@ class EZIGenPipeline(SubjectPipeline):
     def draw(self, noise: Tensor, call: Call, condition: EZIGenCondition, settings: EZIGenSettings) -> Tensor:
         """A first picture by layout and transfer, or the one to be edited; then loops, each back to the
         noise level of the layout and through the transfer again, which pictures leave when they have converged."""
-        active, most = list(range(call.count)), most_loops(settings)
+        active, most = list(range(call.count)), settings.most_loops(condition.steps, call.known is not None)
         if call.known is None:
             latents = super().draw(noise, call, condition, settings)
-            if settings.transfer_everywhere or condition.references is None or condition.first == condition.steps:
-                most = 0
         else:
             latents = call.known.z_0.expand_as(noise).clone()
             path = self._inverted(call.known.z_0, call, condition)
@@ -258,6 +272,8 @@ class EZIGenPipeline(SubjectPipeline):
             if not active or self._interrupt:
                 break
             now = self._transfer(latents[active], active, loop, call, condition.of(active), settings)
+            if self._interrupt:  # what is not finished does not take the place of what is
+                break
             latents = latents.index_copy(0, torch.tensor(active, device=latents.device), now)
             self._keep(call, active, now)
             if before is not None:
@@ -307,7 +323,7 @@ class EZIGenPipeline(SubjectPipeline):
 
     def _load_clip(self) -> Clip:
         try:
-            return load_clip(self.config.clip, self._execution_device)
+            return stop_clip(self.config.clip, self._execution_device)
         except InputError as error:
             raise InputError(
                 f"the stop rule needs CLIP ({self.config.clip}): {error}. Or name the number of loops"
@@ -315,14 +331,8 @@ class EZIGenPipeline(SubjectPipeline):
 
     def _seen(self, latents: Tensor) -> Tensor:
         """CLIP's embeddings of the pictures, (B, D)."""
-        if self._clip is None:
-            self._clip = self._load_clip()
         images = [to_images(decode_latents(self.vae, one))[0] for one in latents.split(1)]
-        return self._clip.images(images)
-
-
-def most_loops(settings: EZIGenSettings) -> int:
-    return settings.max_loops if settings.loops is None else settings.loops
+        return self._load_clip().images(images)
 
 
 def going_on(active: Sequence[int], alike: Sequence[float], done: int, settings: EZIGenSettings) -> list[int]:
