@@ -262,5 +262,5 @@ def test_the_stop_rules_clip_is_named_where_it_is_missing(toy_data, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cutouts = read_subjects(toy_data / "subjects")[6].references(1)
     with pytest.raises(InputError, match=r"(?s)nowhere/no-clip.*loops"):
-        pipe(PROMPTS[0], cutouts, num_inference_steps=1)
+        pipe(PROMPTS[0], cutouts, num_inference_steps=5)
     assert ezigen.CLIP == "openai/clip-vit-base-patch32"
