@@ -71,7 +71,7 @@ def test_torn_deltas_and_foreign_folders(delta, tmp_path) -> None:
     shutil.copytree(delta, folder)
     content = (folder / "delta.safetensors").read_bytes()
     (folder / "delta.safetensors").write_bytes(content[:5000])
-    with pytest.raises(InputError, match="missing or torn"):
+    with pytest.raises(InputError, match="missing, torn, or no safetensors file"):
         load_pipeline(folder, "cpu")
     (folder / "delta.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
@@ -84,12 +84,14 @@ def test_torn_deltas_and_foreign_folders(delta, tmp_path) -> None:
 
 def test_exports_that_cannot_be(tmp_path) -> None:
     for given in ({}, {"checkpoint": tmp_path / "x", "model": "toyworld"}):
-        with pytest.raises(InputError, match="give either --checkpoint or --model"):
+        with pytest.raises(InputError, match="give one of --checkpoint, --model and --from_release"):
             export(tmp_path / "out", **given)
     with pytest.raises(InputError, match="only a model that was trained here has a delta"):
         export(tmp_path / "out", model="base:toyworld", delta=True)
     with pytest.raises(InputError, match="--half is for --delta"):
         export(tmp_path / "out", model="toyworld", half=True)
+    with pytest.raises(InputError, match="--base is for --from_release"):
+        export(tmp_path / "out", model="toyworld", base="toyworld")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.png").touch()
     with pytest.raises(InputError, match="holds something else than a model"):

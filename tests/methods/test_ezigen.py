@@ -259,7 +259,7 @@ def test_the_stop_rule_in_place_of_a_models_own_loops() -> None:
 def test_the_stop_rules_clip_is_named_where_it_is_missing(toy_data, monkeypatch) -> None:
     pipe = EZIGen("toyworld").pipeline()
     pipe.register_to_config(clip="nowhere/no-clip")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cutouts = read_subjects(toy_data / "subjects")[6].references(1)
     with pytest.raises(InputError, match=r"(?s)nowhere/no-clip.*loops"):
         pipe(PROMPTS[0], cutouts, num_inference_steps=5)

@@ -213,6 +213,7 @@ def test_negative_prompt_pooling_caption_and_rescale_matter(pipe, cutouts) -> No
     assert torch.equal(same, usual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unipc", "ddim", "dpm++"])
 def test_schedulers_draw_the_same_thing_in_many_steps(cutouts, name) -> None:
     pipe = embedded()

@@ -149,6 +149,7 @@ class Here(training.Run):
         pass
 
 
+@pytest.mark.slow
 def test_training_is_measured(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(training, "Worker", Here)
     monkeypatch.setattr("sys.argv", ["training", "--batch=2", "--steps=2", f"--out={tmp_path / 'bench/training.json'}"])
