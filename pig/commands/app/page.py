@@ -114,7 +114,7 @@ def build_page(studio: Studio) -> Any:
                     segmenter = gr.Dropdown(
                         list(get_args(SegmenterName)), value="sam" if toy else "none", label="Cut out by"
                     )
-                    noun = gr.Textbox("", label="What they show", placeholder="mug (for grounded-sam)")
+                    noun = gr.Textbox("", label="What they show", placeholder="mug")
                 shown = gr.Gallery(label="Cut out", columns=4, object_fit="contain", elem_id="cutouts")
                 prompt = gr.Textbox("", label="Prompt", placeholder="a photo of a mug, on a beach")
                 with gr.Row():
