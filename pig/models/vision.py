@@ -18,8 +18,8 @@ from pig.models.backbone import TOYWORLD, resolve, sent, weights_digest
 from pig.models.encoders import OPENAI_MEAN, OPENAI_STD, load_transformer
 
 
-def load_vision(name: str | Path, digest: str | None = None) -> CLIPVisionModelWithProjection:
-    """The image tower of a CLIP in transformers' format: a folder, a hub id, or `toyworld`.
+def load_vision(name: str | Path, digest: str | None = None) -> tuple[CLIPVisionModelWithProjection, str]:
+    """The image tower of a CLIP in transformers' format (a folder, a hub id, or `toyworld`), and its weights' digest.
 
     digest: of the weights that it must have, as `weights_digest` gives it.
 
@@ -27,12 +27,13 @@ def load_vision(name: str | Path, digest: str | None = None) -> CLIPVisionModelW
         InputError: it cannot be loaded, or has other weights.
     """
     vision = load_transformer(CLIPVisionModelWithProjection, resolve(name, "clip")).eval()
-    if digest not in (None, found := weights_digest(vision)):
+    found = weights_digest(vision)
+    if digest not in (None, found):
         raise InputError(
             f"the image encoder {str(name)!r} is not the one that the model was trained on ({found[:12]}, wanted is "
             f"{str(digest)[:12]})"
         )
-    return vision
+    return vision, found
 
 
 def vision_for(base: str, named: str | None, otherwise: str) -> str:

@@ -11,7 +11,7 @@ from pig.data.schema import Batch
 from pig.errors import InputError, check_ranges
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
 from pig.methods.instantbooth.pipeline import VISION, InstantBoothPipeline, InstantBoothSettings
-from pig.models.backbone import sent, tokenize, weights_digest
+from pig.models.backbone import sent, tokenize
 from pig.models.identifier import identifier_token, with_identifier
 from pig.models.vision import load_vision, pictures_of, vision_for
 from pig.training.module import PersonalisationModule
@@ -75,8 +75,7 @@ class InstantBooth(PersonalisationModule):
         self.identifier, self.token = identifier, identifier_token(self.backbone.tokenizer, identifier)
         self.save_hyperparameters()
         self.image_encoder = vision_for(base, image_encoder, VISION)
-        vision = load_vision(self.image_encoder)
-        self.vision_digest = weights_digest(vision)
+        vision, self.vision_digest = load_vision(self.image_encoder)
         layers = len(vision.vision_model.encoder.layers)
         if not 1 <= tuned_vision_layers <= layers:
             raise InputError(f"model.tuned_vision_layers must be between 1 and {layers}, got {tuned_vision_layers}")

@@ -14,7 +14,7 @@ from pig.attention.adapters import PatchTokens
 from pig.data.transforms import BLACK
 from pig.errors import InputError
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
-from pig.models.backbone import Backbone, tokenize, weights_digest
+from pig.models.backbone import Backbone, tokenize
 from pig.models.identifier import first_positions, identifier_token, with_identifier
 from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition
@@ -111,13 +111,13 @@ class InstantBoothPipeline(SubjectPipeline):
         **options: Any,
     ) -> Self:
         vision = vision_for(base, vision, VISION)
-        image_encoder = load_vision(vision, vision_digest)
+        image_encoder, vision_digest = load_vision(vision, vision_digest)
         return cls(
             **vars(backbone),
             image_encoder=image_encoder,
             concept=Concept.of(backbone.unet, image_encoder, patch_feature=patch_feature),
             vision=vision,
-            vision_digest=vision_digest or weights_digest(image_encoder),
+            vision_digest=vision_digest,
             base=base,
             settings=dict(settings),
             **options,

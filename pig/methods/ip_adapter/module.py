@@ -13,7 +13,6 @@ from pig.data.schema import Batch
 from pig.errors import InputError, check_ranges
 from pig.methods.ip_adapter.network import ImagePrompt, IPAdapterNet
 from pig.methods.ip_adapter.pipeline import VISION, IPAdapterPipeline, IPAdapterSettings
-from pig.models.backbone import weights_digest
 from pig.models.vision import load_vision, look, pictures_of, vision_for
 from pig.models.weights import copy_weights, read_weights
 from pig.training.module import PersonalisationModule
@@ -67,8 +66,7 @@ class IPAdapter(PersonalisationModule):
         super().__init__(base, optimizer, micro_batch)
         self.save_hyperparameters(ignore=["weights"])  # a checkpoint holds what has become of them
         self.image_encoder = vision_for(base, image_encoder, VISION)
-        self.vision = load_vision(self.image_encoder)
-        self.vision_digest = weights_digest(self.vision)
+        self.vision, self.vision_digest = load_vision(self.image_encoder)
         prompt = ImagePrompt.of(self.backbone.unet, self.vision.config.projection_dim)
         if weights is not None:
             own = dict(prompt.named_parameters())

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from pig.methods.ip_adapter.network import ImagePrompt, IPAdapterNet
-from pig.models.backbone import Backbone, weights_digest
+from pig.models.backbone import Backbone
 from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import classifier_free
@@ -102,13 +102,13 @@ class IPAdapterPipeline(SubjectPipeline):
         **options: Any,
     ) -> Self:
         vision = vision_for(base, vision, VISION)
-        image_encoder = load_vision(vision, vision_digest)
+        image_encoder, vision_digest = load_vision(vision, vision_digest)
         return cls(
             **vars(backbone),
             image_encoder=image_encoder,
             prompt=ImagePrompt.of(backbone.unet, image_encoder.config.projection_dim),
             vision=vision,
-            vision_digest=vision_digest or weights_digest(image_encoder),
+            vision_digest=vision_digest,
             base=base,
             settings=dict(settings),
             **options,
