@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, cast, get_args
+from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -22,6 +23,7 @@ from pig.training.checkpoints import WholeCheckpoints
 from pig.training.optimizers import OptimizerName, Schedule, adamw, lay_out
 from pig.training.step import MicroBatchedModule
 
+P = TypeVar("P", bound=SubjectPipeline)
 PRECISIONS = ("bf16-mixed", "32-true")  # no loss scaling, so that gradients say at once whether they are finite
 
 
@@ -48,6 +50,7 @@ class PersonalisationModule(MicroBatchedModule):
     method: ClassVar[str]  # its name in the registry
     alphas_cumprod: Tensor
     net: nn.Module  # a Network
+    own_settings: Mapping[str, Any]  # what the method's pipeline takes where none is named
 
     def __init__(self, base: str, optimizer: OptimizerName, micro_batch: int | None) -> None:
         super().__init__(micro_batch)
@@ -67,6 +70,21 @@ class PersonalisationModule(MicroBatchedModule):
     def pipeline(self) -> SubjectPipeline:
         """The sampling pipeline on this module's own parts: not copied, not rebuilt."""
         raise NotImplementedError
+
+    def pipeline_of(self, kind: Callable[..., P], **own: Any) -> P:
+        """A pipeline on the parts that all methods have; own: its further arguments."""
+        pipeline = kind(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.backbone.tokenizer,
+            scheduler=copy.deepcopy(self.backbone.scheduler),
+            base=self.base,
+            settings=self.own_settings,
+            network=self.net,
+            **own,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def trainable_groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """What may be trained: group -> name of the parameter in this module -> parameter."""

@@ -109,18 +109,10 @@ class BootPIG(PersonalisationModule):
         return diffusion.loss_per_sample(predicted, noised.target), noised.t
 
     def pipeline(self) -> BootPIGPipeline:
-        pipeline = BootPIGPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.backbone.tokenizer,
+        return self.pipeline_of(
+            BootPIGPipeline,
             base_unet=self.net.base_unet,
             reference_unet=self.net.reference_unet,
-            scheduler=copy.deepcopy(self.backbone.scheduler),
             reference_key_scale=self.hparams["reference_key_scale"],
             reference_timestep=self.reference_timestep,
-            base=self.base,
-            settings=self.own_settings,
-            network=self.net,
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -93,17 +91,9 @@ class EZIGen(PersonalisationModule):
         return diffusion.loss_per_sample(predicted, noised.target), noised.t
 
     def pipeline(self) -> EZIGenPipeline:
-        pipeline = EZIGenPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.backbone.tokenizer,
+        return self.pipeline_of(
+            EZIGenPipeline,
             unet=self.net.unet,
             adapters=self.net.adapters,
-            scheduler=copy.deepcopy(self.backbone.scheduler),
             reference_timestep=self.reference_timestep,
-            base=self.base,
-            settings=self.own_settings,
-            network=self.net,
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline

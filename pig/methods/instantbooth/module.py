@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor
 
 from pig import diffusion
@@ -116,22 +114,14 @@ class InstantBooth(PersonalisationModule):
             raise InputError("InstantBooth sees objects on black (Eq. 1): set data.augmentation.background to black")
 
     def pipeline(self) -> InstantBoothPipeline:
-        pipeline = InstantBoothPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.backbone.tokenizer,
+        return self.pipeline_of(
+            InstantBoothPipeline,
             unet=self.net.unet,
             image_encoder=self.net.vision,
             concept=self.net.concept,
-            scheduler=copy.deepcopy(self.backbone.scheduler),
             vision=self.image_encoder,
             vision_digest=self.vision_digest,
             before_text=self.before_text,
             tuned_vision_layers=self.net.tuned_vision_layers,
             tuned_unet=self.net.tuned_unet,
-            base=self.base,
-            settings=self.own_settings,
-            network=self.net,
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -96,19 +95,11 @@ class IPAdapter(PersonalisationModule):
         return diffusion.loss_per_sample(predicted, noised.target), noised.t
 
     def pipeline(self) -> IPAdapterPipeline:
-        pipeline = IPAdapterPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.backbone.tokenizer,
+        return self.pipeline_of(
+            IPAdapterPipeline,
             unet=self.net.unet,
             image_encoder=self.vision,
             prompt=self.net.prompt,
-            scheduler=copy.deepcopy(self.backbone.scheduler),
             vision=self.image_encoder,
             vision_digest=self.vision_digest,
-            base=self.base,
-            settings=self.own_settings,
-            network=self.net,
         )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
