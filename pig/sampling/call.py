@@ -34,8 +34,8 @@ class Call:
     scheduler: SchedulerMixin
     generator: Generator | list[Generator] | None
     on_step: OnStep
+    on_loop: Callable[[Sequence[int], Tensor], None]
     known: KnownRegion | None = None
-    on_loop: Callable[[Sequence[int], Tensor], None] | None = None
 
     @property
     def count(self) -> int:

@@ -38,9 +38,19 @@ class EncodingPipeline(DiffusionPipeline):
 
     def encode_prompts(self, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
         """The text of each branch, (B, L, D): the prompt for `text_im`, the empty or negative prompt for the others."""
-        text = self.encode_text(call.prompts).repeat_interleave(call.images_per_prompt, dim=0)
+        return self.text_of_branches(self.encode_text(call.prompts), call, settings)
+
+    def text_of_branches(self, text: Tensor, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
+        """The same, from the prompts' embeddings, (P, L, D)."""
+        text = text.repeat_interleave(call.images_per_prompt, dim=0)
         empty = self.encode_text([settings.negative_prompt]).expand_as(text)
         return {"uncond": empty, "im": empty, "text_im": text}
+
+    @staticmethod
+    def with_references(latents: Tensor, names: Sequence[str]) -> tuple[int, int]:
+        """How many samples at the head of the stacked branches see no references, and how many branches do."""
+        bare = "uncond" in names
+        return len(latents) * bare, len(names) - bare
 
     @staticmethod
     def stacked(

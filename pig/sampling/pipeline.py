@@ -259,8 +259,9 @@ class SubjectPipeline(EncodingPipeline):
         loops: list[list[Any]] = [[] for _ in range(count)]
 
         def on_loop(pictures: Sequence[int], latents: Tensor) -> None:
-            for one, version in zip(pictures, latents.split(1), strict=True):
-                loops[one].append(self._output(version, known, output_type)[0])
+            if keep_loops:
+                for one, version in zip(pictures, latents.split(1), strict=True):
+                    loops[one].append(self._output(version, known, output_type)[0])
 
         call = Call(
             prompts=prompts,
@@ -272,7 +273,7 @@ class SubjectPipeline(EncodingPipeline):
             scheduler=scheduler,
             generator=generator,
             on_step=self._step_handler(callback_on_step_end),
-            on_loop=on_loop if keep_loops else None,
+            on_loop=on_loop,
             known=known,
         )
         self._interrupt = False

@@ -187,8 +187,7 @@ class BootPIGPipeline(SubjectPipeline):
         settings: BootPIGSettings,
     ) -> Tensor:
         """Eq. 4's terms as one batch: e_uncond, without references, then e_im and e_text_im, which share theirs."""
-        plain = len(latents) if "uncond" in names else 0
-        references = self._references(step, condition, settings, plain, branches=len(names) - (plain > 0))
+        references = self._references(step, condition, settings, *self.with_references(latents, names))
         if step % settings.deep_every == 0 or condition.deep_of != list(names):
             condition.deep, condition.deep_of = None, list(names)
         batch = self.stacked(latents, t, names, condition)

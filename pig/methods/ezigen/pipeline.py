@@ -251,9 +251,9 @@ class EZIGenPipeline(SubjectPipeline):
     ) -> Tensor:
         """By text alone in the layout; in the transfer e_uncond without references, e_im and e_text_im with them."""
         references = None
-        plain = len(latents) if "uncond" in names else 0
-        if condition.references is not None and self._transfers(step, condition) and len(names) > (plain > 0):
-            references = replace(condition.references, plain=plain, branches=len(names) - (plain > 0))
+        plain, branches = self.with_references(latents, names)
+        if condition.references is not None and self._transfers(step, condition) and branches:
+            references = replace(condition.references, plain=plain, branches=branches)
         return self.network(*self.stacked(latents, t, names, condition), references)
 
     def draw(self, noise: Tensor, call: Call, condition: EZIGenCondition, settings: EZIGenSettings) -> Tensor:
@@ -266,7 +266,7 @@ class EZIGenPipeline(SubjectPipeline):
             latents = call.known.z_0.expand_as(noise).clone()
             path = self._inverted(call.known.z_0, call, condition)
             call = replace(call, known=call.known.on_path(path))
-        self._keep(call, active, latents)
+        call.on_loop(active, latents)
         before = self._seen(latents) if settings.loops is None and most else None
         for loop in range(most):
             if not active or self._interrupt:
@@ -275,18 +275,13 @@ class EZIGenPipeline(SubjectPipeline):
             if self._interrupt:  # what is not finished does not take the place of what is
                 break
             latents = latents.index_copy(0, torch.tensor(active, device=latents.device), now)
-            self._keep(call, active, now)
+            call.on_loop(active, now)
             if before is not None:
                 seen = self._seen(now)
                 alike = F.cosine_similarity(seen, before[active]).tolist()
                 before[active] = seen
                 active = going_on(active, alike, loop + 1, settings)
         return latents
-
-    @staticmethod
-    def _keep(call: Call, pictures: Sequence[int], latents: Tensor) -> None:
-        if call.on_loop is not None:
-            call.on_loop(pictures, latents)
 
     def _transfer(
         self,

@@ -148,10 +148,8 @@ class InstantBoothPipeline(SubjectPipeline):
             raise InputError("a prompt is too long: its identifier and class noun lie behind what is read of it")
         before_text = self.config.before_text
         text = text_with_concept(self.text_encoder, ids, token, settings.alpha * f_c, before_text=before_text)
-        text = text.repeat_interleave(call.images_per_prompt, dim=0)
-        empty = self.encode_text([settings.negative_prompt]).expand_as(text)
         return InstantBoothCondition(
-            text={"uncond": empty, "text_im": text},
+            text=self.text_of_branches(text, call, settings),
             weights=classifier_free(settings.text_guidance),
             steps=len(call.scheduler.timesteps),
             f_p=f_p,
@@ -167,6 +165,6 @@ class InstantBoothPipeline(SubjectPipeline):
         settings: InstantBoothSettings,
     ) -> Tensor:
         """`uncond` is the base model's, which sees no subject."""
-        plain = len(latents) if "uncond" in names else 0
-        seen = PatchTokens(condition.f_p, settings.beta, plain) if len(names) > (plain > 0) else None
+        plain, branches = self.with_references(latents, names)
+        seen = PatchTokens(condition.f_p, settings.beta, plain) if branches else None
         return self.network(*self.stacked(latents, t, names, condition), seen)
