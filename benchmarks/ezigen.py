@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.sampling import PROMPTS, SD21, flops_of, machine, toy_references
+from benchmarks.sampling import PROMPTS, SD21, cost, flops_of, machine, toy_references
 from pig import diffusion
 from pig.attention.adapters import ScaledReferences
 from pig.data.transforms import cut_out
@@ -114,22 +112,14 @@ def measure(what: str, way: str, images: int, steps: int) -> dict[str, Any]:
     }[way]
     draw(5)
     total = flops_of(lambda: draw(steps))
-    began = time.perf_counter()
-    draw(steps)
-    count = len(PROMPTS) * images
-    return {
-        "what": what,
-        "way": way,
-        "images": images,
-        "seconds_per_image": (time.perf_counter() - began) / count,
-        "flops_per_image": total / count,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    case = {"what": what, "way": way, "images": images}
+    return case | cost(lambda: draw(steps), total, len(PROMPTS) * images)
 
 
 @torch.no_grad()
-def count(what: str, way: str, images: int, steps: int = 50) -> dict[str, Any]:
-    """FLOPs of one image in the UNets at SD 2.1's size, on the meta device: steps of each kind, times their number."""
+def count(what: str, images: int, steps: int = 50) -> list[dict[str, Any]]:
+    """FLOPs of one image in the UNets at SD 2.1's size, each way, on the meta device: steps of each kind, times their
+    number."""
     total, first = len(PROMPTS) * images, 0 if "transfer_everywhere" in WHATS[what] else round(LAYOUT * steps)
     transfers = (steps - first) * (1 + WHATS[what].get("loops", 0))
     with torch.device("meta"):
@@ -150,7 +140,10 @@ def count(what: str, way: str, images: int, steps: int = 50) -> dict[str, Any]:
         "naive": whole + first * plain / total + 2 * transfers * alone,
         "ours": (reading + (with_projection - later) + first * plain + transfers * later) / total,
     }
-    return {"what": what, "way": way, "images": images, "flops_per_image": found[way], "counted": True}
+    return [
+        {"what": what, "way": way, "images": images, "flops_per_image": flops, "counted": True}
+        for way, flops in found.items()
+    ]
 
 
 def encoded_features() -> dict[str, float]:
@@ -194,7 +187,8 @@ def main() -> None:
     chosen = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [pool.apply(measure, (*case, chosen.steps)) for case in CASES]
-    counted, console = [count(*case) for case in CASES], Console()
+    counted = [row for what in WHATS for images in (1, 4) for row in count(what, images)]
+    console = Console()
     show(console, rows, f"toy world, measured, {chosen.steps} steps, 1 reference")
     show(console, counted, "SD 2.1, counted, UNets, 50 steps, 1 reference")
     encoded = encoded_features()

@@ -149,15 +149,17 @@ def measure(way: str, references: int, images: int, steps: int) -> dict[str, Any
         total = flops[0] + (steps - 1) * (flops[1] - flops[0])
     else:
         total = flops_of(lambda: draw(steps))
+    case = {"way": way, "references": references, "images": images}
+    return case | cost(lambda: draw(steps), total, len(PROMPTS) * images)
+
+
+def cost(draw: Callable[[], Any], flops: int, count: int) -> dict[str, Any]:
+    """Of an image among `count` that are drawn together: seconds, FLOPs; and the most memory that was taken."""
     began = time.perf_counter()
-    draw(steps)
-    count = len(PROMPTS) * images
+    draw()
     return {
-        "way": way,
-        "references": references,
-        "images": images,
         "seconds_per_image": (time.perf_counter() - began) / count,
-        "flops_per_image": total / count,
+        "flops_per_image": flops / count,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

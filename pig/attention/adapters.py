@@ -127,6 +127,16 @@ class GatedAdapter(nn.Module):
         return cat([plain, changed]) if context.plain else changed
 
 
+class AdaptersByBlock(nn.ModuleDict):
+    """Adapters by the names of their blocks, whose dots a ModuleDict does not take."""
+
+    def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
+        super().__init__({name.replace(".", "/"): one for name, one in adapters.items()})
+
+    def by_block(self) -> dict[str, Any]:
+        return {name.replace("/", "."): one for name, one in self.items()}
+
+
 def install_adapters(unet: UNet2DConditionModel, adapters: Mapping[str, nn.Module]) -> None:
     """Put each adapter into its block, beside the module system: the UNet saves and loads as if it were not there.
 

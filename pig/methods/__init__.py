@@ -214,9 +214,9 @@ def read_delta(folder: Path) -> Delta:
 def trained_weights(pipeline: SubjectPipeline) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """What a delta holds, by name."""
     groups: Any = getattr(pipeline.network, "trainable_parameters", dict)()
+    prefix = pipeline.delta_prefix
     for parameters in groups.values():
         for name, parameter in parameters.items():
-            prefix = pipeline.delta_prefix
             yield NET + name if prefix is None else name.removeprefix(prefix), parameter
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pig.errors import InputError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @contextmanager
@@ -20,6 +24,11 @@ def random_but_the_same() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+def like(made: Module, other: ModelMixin) -> Module:
+    """On the other's device, in its type. (diffusers' own `to` warns for no reason.)"""
+    return nn.Module.to(made, other.device, other.dtype)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

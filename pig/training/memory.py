@@ -122,11 +122,12 @@ def blank_batch(module: PersonalisationModule, data: PersonalisationData, size: 
     encoded = data.encoded()[0]
     text = (size, module.backbone.tokenizer.model_max_length, module.backbone.text_encoder.config.hidden_size)
     reference = moments if encoded and encoded["variants"] else pixels
+    words = [str(index) for index in range(size)]
     return Batch(
         target=torch.empty(size, *(moments if encoded else pixels), device=META),
         reference=torch.empty(size, 1, *reference, device=META),
-        captions=[str(index) for index in range(size)],
-        objects=[str(index) for index in range(size)],
+        captions=words,
+        objects=words,
         seeds=torch.arange(size),
         keys=[""] * size,
         text=torch.empty(text, device=META) if encoded else None,

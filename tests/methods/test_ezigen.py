@@ -15,12 +15,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pig.attention.adapters import ScaledReferences
+from pig.attention.install import transformer_blocks
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods.ezigen import EZIGenNet
 from pig.methods.ezigen import pipeline as ezigen
 from pig.methods.ezigen.module import EZIGen
-from pig.methods.ezigen.network import blocks_of
 from pig.methods.ezigen.pipeline import EZIGenSettings, going_on
 
 PROMPTS = ["a photo of a mug, on a beach", "a photo of a mug, in space"]
@@ -56,7 +56,7 @@ def plain_unet(unet: UNet2DConditionModel, net: EZIGenNet, features: dict[str, T
         h = h + block.attn2(block.norm2(h), encoder_hidden_states)
         return h + block.ff(block.norm3(h))
 
-    for name in blocks_of(unet):
+    for name in transformer_blocks(unet):
         block = unet.get_submodule(name)
         block.own, block.forward = name, MethodType(forward, block)
     return unet
@@ -71,7 +71,7 @@ def test_outputs_features_and_gradients_are_those_of_the_equations(base_unet, in
     told = torch.randn(3, count, 5, 16, generator=torch.Generator().manual_seed(5))
     features = net.encode_reference(reference, inputs["timesteps"], told)
 
-    seen: dict[str, list[Tensor]] = {name: [] for name in blocks_of(plain)}
+    seen: dict[str, list[Tensor]] = {name: [] for name in transformer_blocks(plain)}
     hooks = [
         plain.get_submodule(f"{name}.norm1").register_forward_hook(lambda _, __, out, name=name: seen[name].append(out))
         for name in seen
@@ -80,7 +80,7 @@ def test_outputs_features_and_gradients_are_those_of_the_equations(base_unet, in
         plain(reference[:, j], inputs["timesteps"], told[:, j])
     for hook in hooks:
         hook.remove()
-    assert list(features) == blocks_of(plain)
+    assert list(features) == list(transformer_blocks(plain))
     for name, f in features.items():
         torch.testing.assert_close(f, torch.stack(seen[name], 1), atol=1e-5, rtol=1e-5)
 
@@ -98,8 +98,8 @@ def test_names_start_and_absence(base_unet, inputs) -> None:
     net = EZIGenNet(base_unet)
     names = ("norm.weight", "norm.bias", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
     names += ("to_out.0.bias", "scale")
-    assert set(net.adapter_parameters()) == {f"{block}.{name}" for block in blocks_of(plain) for name in names}
-    for block in blocks_of(plain):
+    assert set(net.adapter_parameters()) == {f"{block}.{name}" for block in transformer_blocks(plain) for name in names}
+    for block in transformer_blocks(plain):
         own, attn1 = net.adapter_parameters(), plain.get_submodule(block).attn1
         assert torch.equal(own[f"{block}.to_q.weight"], attn1.to_q.weight)
         assert torch.equal(own[f"{block}.norm.weight"], plain.get_submodule(block).norm1.weight)

@@ -17,6 +17,7 @@ from trying import refused
 
 from benchmarks import ezigen as bench
 from pig import cli
+from pig.attention.install import transformer_blocks
 from pig.commands import generate as generating
 from pig.data.subjects import read_subjects
 from pig.data.transforms import to_tensor
@@ -24,7 +25,6 @@ from pig.errors import InputError
 from pig.methods import load_pipeline, load_release
 from pig.methods.ezigen import pipeline as ezigen
 from pig.methods.ezigen.module import EZIGen
-from pig.methods.ezigen.network import blocks_of
 from pig.methods.ezigen.pipeline import EZIGenPipeline
 from pig.models.backbone import encode_images, load_backbone, make_scheduler
 from pig.sampling.inversion import invert
@@ -246,13 +246,13 @@ def release_of(unet: UNet2DConditionModel, seed: int) -> dict[str, Tensor]:
     """A checkpoint with the release's names: the whole UNet, adapters in it, one scale for each block."""
     torch.manual_seed(seed)
     weights = {name: one.detach().clone() for name, one in unet.named_parameters()}
-    for block in blocks_of(unet):
+    for block in transformer_blocks(unet):
         attn1 = unet.get_submodule(f"{block}.attn1")
         for name, one in attn1.named_parameters():
             weights[f"{block}.adapter.{name}"] = torch.randn_like(one)
         for name in ("weight", "bias"):
             weights[f"{block}.adapter_norm.{name}"] = torch.randn(attn1.to_q.in_features)
-    weights["learnable_weights"] = torch.rand(len(blocks_of(unet)))
+    weights["learnable_weights"] = torch.rand(len(transformer_blocks(unet)))
     return weights
 
 
@@ -267,14 +267,14 @@ def test_the_releases_checkpoint(tmp_path, capsys) -> None:
     assert (told["method"], told["options"]["double_residual"]) == ("ezigen", True)
     pipe = load_pipeline(out, "cpu")
     own = pipe.network.adapter_parameters()
-    for number, block in enumerate(blocks_of(unet)):
+    for number, block in enumerate(transformer_blocks(unet)):
         assert torch.equal(own[f"{block}.to_out.0.bias"], weights[f"{block}.adapter.to_out.0.bias"])
         assert torch.equal(own[f"{block}.norm.weight"], weights[f"{block}.adapter_norm.weight"])
         assert own[f"{block}.scale"] == weights["learnable_weights"][number]
     assert (pipe.settings().max_loops, pipe.settings().renoise_timestep) == (9, 400)
     assert all(layer.double_residual for layer in pipe.adapters.by_block().values())
 
-    block = blocks_of(unet)[1]
+    block = list(transformer_blocks(unet))[1]
     wrong: list[tuple[dict[str, Tensor], str]] = [
         ({**weights, f"{block}.adapter.to_q.weight": torch.ones(3, 3)}, "has shape (3, 3)"),
         ({**weights, "learnable_weights": torch.ones(16)}, "learnable_weights has shape (16,)"),

@@ -8,10 +8,17 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from pig.attention.adapters import ReferenceAdapter, ScaledReferences, adapter_arguments, install_adapters
-from pig.attention.install import self_attention_layers
+from pig.attention.adapters import (
+    AdaptersByBlock,
+    ReferenceAdapter,
+    ScaledReferences,
+    adapter_arguments,
+    install_adapters,
+)
+from pig.attention.install import transformer_blocks
 from pig.attention.reading import install_reading, read_features
 from pig.attention.reference import References
+from pig.models.weights import like
 
 
 class Adapters(ModelMixin, ConfigMixin):
@@ -26,13 +33,12 @@ class Adapters(ModelMixin, ConfigMixin):
     def __init__(self, widths: dict[str, int], heads: dict[str, int], double_residual: bool = False) -> None:
         super().__init__()
         layers = {name: ReferenceAdapter(name, width, heads[name], double_residual) for name, width in widths.items()}
-        # A ModuleDict's names have no dots.
-        self.layers = nn.ModuleDict({name.replace(".", "/"): layer for name, layer in layers.items()})
+        self.layers = AdaptersByBlock(layers)
 
     @classmethod
     def of(cls, unet: UNet2DConditionModel, double_residual: bool) -> Adapters:
         """For this UNet, each starting as its block's `attn1`."""
-        blocks = {name: unet.get_submodule(name) for name in blocks_of(unet)}
+        blocks = transformer_blocks(unet)
         made = cls(
             {name: block.attn1.to_q.in_features for name, block in blocks.items()},
             {name: block.attn1.heads for name, block in blocks.items()},
@@ -40,16 +46,10 @@ class Adapters(ModelMixin, ConfigMixin):
         )
         for name, layer in made.by_block().items():
             layer.start_as(blocks[name])
-        nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
-        return made
+        return like(made, unet)
 
     def by_block(self) -> dict[str, ReferenceAdapter]:
-        return {name.replace("/", "."): layer for name, layer in self.layers.items()}  # type: ignore[misc]
-
-
-def blocks_of(unet: UNet2DConditionModel) -> list[str]:
-    """Names of all transformer blocks, in the order of the forward pass."""
-    return [name.removesuffix(".attn1") for name in self_attention_layers(unet)]
+        return self.layers.by_block()
 
 
 class EZIGenNet(nn.Module):
@@ -67,7 +67,7 @@ class EZIGenNet(nn.Module):
         super().__init__()
         self.unet = unet
         self.adapters = Adapters.of(unet, double_residual) if adapters is None else adapters
-        if list(self.adapters.by_block()) != blocks_of(unet):
+        if list(self.adapters.by_block()) != list(transformer_blocks(unet)):
             raise ValueError("the adapters are of another UNet: their blocks differ")
         install_reading(unet)
         install_adapters(unet, self.adapters.by_block())

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from pig.attention.install import transformer_blocks
 from pig.errors import InputError
-from pig.methods.ezigen.network import EZIGenNet, blocks_of
+from pig.methods.ezigen.network import EZIGenNet
 from pig.methods.ezigen.pipeline import EZIGenPipeline
 from pig.models.backbone import Backbone
 from pig.models.weights import copy_weights
@@ -37,7 +38,7 @@ def from_release(weights: Mapping[str, Tensor], backbone: Backbone, base: str) -
     Raises:
         InputError: a weight is missing or of another shape, or the UNet in the file is not the base model's.
     """
-    net, blocks = EZIGenNet(backbone.unet, double_residual=True), blocks_of(backbone.unet)
+    net, blocks = EZIGenNet(backbone.unet, double_residual=True), list(transformer_blocks(backbone.unet))
     scales = weights[SCALES]
     if scales.shape != (len(blocks),):
         raise InputError(f"{SCALES} has shape {tuple(scales.shape)}, the base model {len(blocks)} blocks. {REMEDY}")

@@ -13,11 +13,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-from pig.attention.adapters import GatedAdapter, PatchTokens, adapter_arguments, install_adapters
-from pig.attention.install import self_attention_layers
+from pig.attention.adapters import AdaptersByBlock, GatedAdapter, PatchTokens, adapter_arguments, install_adapters
+from pig.attention.install import transformer_blocks
 from pig.models.identifier import first_positions
 from pig.models.vision import look
-from pig.models.weights import random_but_the_same
+from pig.models.weights import like, random_but_the_same
 
 
 class Concept(ModelMixin, ConfigMixin):
@@ -46,16 +46,14 @@ class Concept(ModelMixin, ConfigMixin):
         self.concept = nn.Linear(image_dim, text_dim)
         told = patch_dim if patch_feature else image_dim
         self.patch = nn.ModuleDict({str(width): nn.Linear(told, width) for width in sorted(set(widths.values()))})
-        layers = {name.replace(".", "/"): GatedAdapter(width, heads[name]) for name, width in widths.items()}
-        self.adapters = nn.ModuleDict(layers)  # whose names have no dots
+        self.adapters = AdaptersByBlock({name: GatedAdapter(width, heads[name]) for name, width in widths.items()})
 
     @classmethod
     def of(
         cls, unet: UNet2DConditionModel, vision: CLIPVisionModelWithProjection, *, patch_feature: bool = True
     ) -> Concept:
         """For this UNet and this image encoder; the heads start at random, the adapters as no layer."""
-        names = [name.removesuffix(".attn1") for name in self_attention_layers(unet)]
-        blocks = {name: unet.get_submodule(f"{name}.attn1") for name in names}
+        blocks = {name: block.attn1 for name, block in transformer_blocks(unet).items()}
         with random_but_the_same():
             made = cls(
                 vision.config.projection_dim,
@@ -65,11 +63,10 @@ class Concept(ModelMixin, ConfigMixin):
                 {name: attn1.heads for name, attn1 in blocks.items()},
                 patch_feature,
             )
-        nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
-        return made
+        return like(made, unet)
 
     def by_block(self) -> dict[str, GatedAdapter]:
-        return {name.replace("/", "."): layer for name, layer in self.adapters.items()}  # type: ignore[misc]
+        return self.adapters.by_block()
 
     def forward(self, embeds: Tensor, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """f_c and f_p of N references.

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from pig.attention.images import cross_attention_layers, install_image_attention
-from pig.models.weights import random_but_the_same
+from pig.models.weights import like, random_but_the_same
 
 TOKENS = 4
 
@@ -47,8 +47,7 @@ class ImagePrompt(ModelMixin, ConfigMixin):
             made = cls(image_dim, unet.config.cross_attention_dim, [layer.to_k.out_features for layer in layers])
         for pair, layer in zip(made.ip_adapter.values(), layers, strict=True):
             pair.load_state_dict({f"{name}_ip.weight": getattr(layer, name).weight for name in ("to_k", "to_v")})
-        nn.Module.to(made, unet.device, unet.dtype)  # diffusers' own warns for no reason
-        return made
+        return like(made, unet)
 
     def pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """to_k_ip and to_v_ip of each layer."""
