@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from pig.errors import InputError
 
 
 @contextmanager
@@ -29,3 +33,20 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's text, wholly or not at all."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path, otherwise: str) -> dict[str, Any]:
+    """The names and values of a JSON file.
+
+    Raises:
+        InputError: with `otherwise` where it cannot be read; or it is damaged.
+    """
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(otherwise) from error
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{file} is damaged: it holds no names and values")
+    return told

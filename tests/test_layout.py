@@ -10,7 +10,8 @@ from pig.methods import METHODS
 ROOT = Path(__file__).parents[1]
 # From the ground floor up: a room may import those above it in this list, and itself.
 FLOORS = (
-    ("errors", "files"),
+    ("errors",),
+    ("files",),
     ("diffusion", "executors"),
     ("data",),
     ("attention", "models"),

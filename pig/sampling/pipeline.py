@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -18,7 +16,6 @@ from torch import Generator, Tensor, nn
 from pig.data.subjects import Segment
 from pig.data.transforms import to_images
 from pig.errors import InputError, check_named, check_ranges
-from pig.files import write_text
 from pig.models.backbone import Backbone, align, check_size, decode_latents, make_scheduler, vae_scale
 from pig.sampling.call import Call, Drawn
 from pig.sampling.encoding import EncodingPipeline
@@ -30,7 +27,6 @@ from pig.sampling.settings import SamplingSettings, signed
 
 log = logging.getLogger(__name__)
 
-METHOD_FILE = "pig.json"  # in a model folder, beside diffusers' model_index.json
 OutputType = Literal["pil", "pt", "np", "latent"]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -44,15 +40,10 @@ class SubjectPipeline(EncodingPipeline):
     here.
     """
 
-    method: ClassVar[str]  # its name in the registry
     without_references: ClassVar[Mapping[str, Any] | None] = None  # settings that promise the base model, bit for bit
     Settings: ClassVar[type[SamplingSettings]] = SamplingSettings
     reads_references: ClassVar[bool] = True
     has_loops: ClassVar[bool] = False  # whether it draws a picture again and again
-    delta_file: ClassVar[str] = "delta.safetensors"  # a delta's weights; a method may write a public format
-    delta_prefix: ClassVar[str | None] = None  # what of the weights' names is left out there
-
-    network: nn.Module  # with `trainable_parameters()`, by which deltas are written
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -138,13 +129,6 @@ class SubjectPipeline(EncodingPipeline):
         """How many steps of the loop a picture takes, at most. edits: drawn into a picture that is given."""
         return settings.num_inference_steps
 
-    def model_options(self) -> dict[str, Any]:
-        """The options of `from_backbone` that this model was made with, as JSON."""
-        return {}
-
-    def save_beside_delta(self, folder: Path) -> None:
-        """What a delta's folder holds besides the trained weights."""
-
     # -- shared -------------------------------------------------------------------------------------------------------
 
     def register(self, *, base: str | None, settings: Mapping[str, Any] | None, parts: Mapping[str, Any]) -> None:
@@ -156,11 +140,6 @@ class SubjectPipeline(EncodingPipeline):
         self.register_to_config(base=base, settings=dict(settings or {}))
         self.Settings.given(self.config.settings, {})
         self.reference_cache: ReferenceCache | None = None
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """diffusers' own, and which method the folder is of."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_text(Path(save_directory) / METHOD_FILE, json.dumps({"method": self.method}) + "\n")
 
     def settings(self, **named: Any) -> Any:
         """The settings of a call that names these: the rest as the model has it.

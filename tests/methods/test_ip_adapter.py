@@ -21,11 +21,12 @@ from pig.data.schema import Batch
 from pig.data.subjects import read_subjects
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
-from pig.methods import load_pipeline, load_release, save_delta
+from pig.methods import load_pipeline, load_release
 from pig.methods.ip_adapter import IPAdapterPipeline
 from pig.methods.ip_adapter.module import IPAdapter
 from pig.models.backbone import WEIGHTS, align, load_backbone
 from pig.models.vision import look
+from pig.sampling.delta import save_delta
 
 PROMPTS = ["a photo of a mug, on a beach", "a photo of a mug, in space"]
 

@@ -55,7 +55,6 @@ class IPAdapterPipeline(SubjectPipeline):
     Settings = IPAdapterSettings
     without_references: ClassVar = {"scale": 0.0}
     delta_file = "ip-adapter.safetensors"
-    delta_prefix = "prompt."
     network: IPAdapterNet
 
     def __init__(
@@ -117,8 +116,12 @@ class IPAdapterPipeline(SubjectPipeline):
     def model_options(self) -> dict[str, Any]:
         return {name: self.config[name] for name in ("vision", "vision_digest")}
 
-    def save_beside_delta(self, folder: Path) -> None:
-        """Where `StableDiffusionPipeline.load_ip_adapter` looks for it."""
+    def name_in_delta(self, name: str) -> str:
+        return name.removeprefix("prompt.")
+
+    def write_delta(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """As `StableDiffusionPipeline.load_ip_adapter` reads it, with the image encoder where it looks for it."""
+        super().write_delta(folder, tensors)
         self.image_encoder.save_pretrained(folder / "image_encoder")
 
     def condition(self, call: Call, settings: IPAdapterSettings) -> IPAdapterCondition:
