@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -205,18 +205,27 @@ class TripletDataset(IterableDataset[Batch]):
         return to_tensor(self.augmentation(triplet.reference, target, self.resolution, rng))
 
 
+class ResumableDataset(Protocol):
+    """An iterable dataset that can start anywhere; see `TripletDataset`."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+    def start(self, *, epoch: int, first_batch: int) -> None: ...
+    def fingerprint(self) -> str: ...
+
+
 class ResumableLoader(DataLoader[Batch]):
     """A DataLoader whose `state_dict` says which batch comes next; Lightning saves and restores it by itself.
 
     With `same_every_time` it starts afresh at each pass, with the same order and seeds: for validation.
     """
 
-    dataset: TripletDataset
+    dataset: Any  # a ResumableDataset
 
     def __init__(
-        self, dataset: TripletDataset, *, num_workers: int, pin_memory: bool, same_every_time: bool = False
+        self, dataset: ResumableDataset, *, num_workers: int, pin_memory: bool, same_every_time: bool = False
     ) -> None:
-        super().__init__(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, collate_fn=as_it_is)
+        super().__init__(cast(Any, dataset), batch_size=None, num_workers=num_workers, pin_memory=pin_memory, collate_fn=as_it_is)
         self.epoch, self.batch, self.same_every_time = 0, 0, same_every_time
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -244,8 +253,8 @@ class ResumableLoader(DataLoader[Batch]):
             raise InputError(
                 "the checkpoint stands in mid-epoch of other data: "
                 + "; ".join(f"{name} was {state[name]}, is {now[name]}" for name in changed)
-                + ". The fingerprint covers shards, batch_size, seed, shuffle_block and number of processes; resume "
-                "with the same ones, or start a new run from the weights"
+                + ". The fingerprint covers shards (or pictures), batch_size, seed, shuffle_block and number of "
+                "processes; resume with the same ones, or start a new run from the weights"
             )
         self.epoch, self.batch = state["epoch"], state["batch"]
 

@@ -37,6 +37,14 @@ class PersonalisationData(LightningDataModule):
         return [None]
 
 
+def seed_of_run(seed: int | None) -> int:
+    """data.seed, or the number that Lightning's `seed_everything` leaves in the environment."""
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"data.seed (by default seed_everything) must lie between 0 and 2^32, got {seed}")
+    return seed
+
+
 class TripletDataModule(PersonalisationData):
     """Triplets for `fit`, `validate` and `test`; subjects and prompts for `predict`.
 
@@ -75,10 +83,7 @@ class TripletDataModule(PersonalisationData):
         self.shards, self.val_shards, self.predict_subjects = shards, val_shards, predict_subjects
         self.batch_size, self.resolution, self.num_workers = batch_size, resolution, num_workers
         self.augmentation = augmentation or ReferenceAugmentation()
-        # Lightning's seed_everything leaves its number there.
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(f"data.seed (by default seed_everything) must lie between 0 and 2^32, got {self.seed}")
+        self.seed = seed_of_run(seed)
         self.shuffle_block, self.max_bad_samples = shuffle_block, max_bad_samples
 
     def encoded(self) -> list[Mapping[str, Any] | None]:

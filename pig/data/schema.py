@@ -47,6 +47,7 @@ class Batch:
     text: (B, L, D), the captions' embeddings, and encoded_by: the base model's digest, from encoded shards only.
     seeds: (B,) int64, every random draw made for a sample follows from its seed, so that neither the batch's
     composition nor the number of processes changes what is learnt, and a resumed run draws what it would have drawn.
+    of_class: where a subject is tuned with prior preservation: which samples show its class, not the subject.
     """
 
     target: Tensor
@@ -57,6 +58,7 @@ class Batch:
     keys: list[str]
     text: Tensor | None = None
     encoded_by: str | None = None
+    of_class: list[bool] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """With its pictures and texts there, which nothing waits for; the seeds stay, as draws are made on the CPU."""

@@ -100,10 +100,7 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
     listing = prompts_file or folder / PROMPTS_FILE
     if not folder.is_dir():
         raise InputError(f"there is no subjects folder {folder}")
-    try:
-        text = listing.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder} is no subjects folder: cannot read {listing} ({error})") from error
+    text = _read_text(listing, folder)
     classes = _classes(text, listing)
     templates = {
         kind: re.findall(r"""^['"](.+?)['"]\.format""", section, re.MULTILINE)
@@ -128,6 +125,37 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
     if not subjects:
         raise InputError(f"{listing} names no subject (lines `subject,class`)")
     return subjects
+
+
+def read_subject(folder: Path, class_noun: str = "") -> SubjectFolder:
+    """One subject, without prompts: the pictures of a folder.
+
+    class_noun: what they show; by default what the `prompts_and_classes.txt` beside the folder says.
+
+    Raises:
+        InputError: no pictures, or nobody says what they show.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no subject's folder {folder}")
+    images = tuple(path for path in sorted(folder.glob("*")) if is_picture(path))
+    if not images:
+        raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+    if not class_noun and (folder.parent / PROMPTS_FILE).is_file():
+        known = dict(_classes(_read_text(folder.parent / PROMPTS_FILE, folder.parent), folder.parent / PROMPTS_FILE))
+        class_noun = known.get(folder.name, "")
+    if not class_noun.strip():
+        raise InputError(
+            f"what does {folder} show? Set data.class_noun, such as `dog`, or name the folder in a {PROMPTS_FILE} "
+            "beside it"
+        )
+    return SubjectFolder(folder.name, class_noun.strip(), images, ())
+
+
+def _read_text(listing: Path, folder: Path) -> str:
+    try:
+        return listing.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder} is no subjects folder: cannot read {listing} ({error})") from error
 
 
 def _classes(text: str, listing: Path) -> list[tuple[str, str]]:

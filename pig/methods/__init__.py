@@ -40,9 +40,11 @@ if TYPE_CHECKING:
 METHODS = {
     "base": "pig.methods.base",
     "bootpig": "pig.methods.bootpig",
+    "dreambooth": "pig.methods.dreambooth",
     "ezigen": "pig.methods.ezigen",
     "instantbooth": "pig.methods.instantbooth",
     "ip_adapter": "pig.methods.ip_adapter",
+    "textual_inversion": "pig.methods.textual_inversion",
 }
 EMBEDDED = "bootpig"  # what `toyworld` stands for
 WHOLE = "model_index.json"

@@ -28,10 +28,21 @@ def identifier_token(tokenizer: CLIPTokenizer, identifier: str) -> int:
     return ids[0]
 
 
-def with_identifier(prompt: str, noun: str, identifier: str) -> str:
+def is_common(tokenizer: CLIPTokenizer, identifier: str) -> bool:
+    """Whether an identifier of one token is a word that texts often hold: its meaning would mix with the subject's.
+
+    A BPE vocabulary counts its merges by how often they occur: after the bytes, each alone and at the end of a word,
+    common words come first, and rare ones such as `sks` last.
+    """
+    single_bytes = 512
+    rank = identifier_token(tokenizer, identifier) - single_bytes
+    return 0 <= rank < 0.8 * (len(tokenizer) - single_bytes)
+
+
+def with_identifier(prompt: str, noun: str, identifier: str, *, in_place: bool = False) -> str:
     """The prompt with the identifier before the class noun; as it is, where it holds the identifier already.
 
-    noun: a phrase; an article before it is passed over.
+    noun: a phrase; an article before it is passed over. in_place: the identifier takes the noun's place.
 
     Raises:
         InputError: no noun is given, or the prompt does not hold it.
@@ -47,7 +58,8 @@ def with_identifier(prompt: str, noun: str, identifier: str) -> str:
     found = re.search(rf"\b{re.escape(noun)}\b", prompt, flags=re.IGNORECASE)
     if found is None:
         raise InputError(f"the prompt {prompt!r} does not hold its class noun {noun!r}: correct one of them")
-    return f"{prompt[: found.start()]}{identifier} {prompt[found.start() :]}"
+    rest = prompt[found.end() :] if in_place else f" {prompt[found.start() :]}"
+    return f"{prompt[: found.start()]}{identifier}{rest}"
 
 
 def first_positions(ids: Tensor, token: int) -> Tensor:

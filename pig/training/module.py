@@ -88,8 +88,9 @@ class PersonalisationModule(MicroBatchedModule):
 
     def trainable_groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """What may be trained: group -> name of the parameter in this module -> parameter."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
         groups = cast(Network, self.net).trainable_parameters()
-        return {group: {f"net.{name}": one for name, one in of.items()} for group, of in groups.items()}
+        return {group: {names[id(one)]: one for one in of.values()} for group, of in groups.items()}
 
     def train_only(self, learning_rates: Mapping[str, float], schedule: Schedule) -> None:
         """Train the `trainable_groups` at these rates and freeze all else; a group with rate 0 is frozen too."""
@@ -184,8 +185,12 @@ class PersonalisationModule(MicroBatchedModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        rank_zero_info(self.inputs_told())
+
+    def inputs_told(self) -> str:
+        """What encoding the inputs of the training costs, in words."""
         data = self.trainer.train_dataloader.dataset
-        rank_zero_info(inputs_told(self.backbone, data.resolution, data.encoded))
+        return inputs_told(self.backbone, data.resolution, data.encoded)
 
     # -- validation, test, predict ------------------------------------------------------------------------------------
 

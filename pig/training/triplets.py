@@ -45,15 +45,17 @@ class NoisedTargets:
     u: Tensor
 
 
-def noised_targets(module: PersonalisationModule, batch: Batch, *, uniforms: int) -> NoisedTargets:
+def noised_targets(
+    module: PersonalisationModule, batch: Batch, *, uniforms: int, z_0: Tensor | None = None
+) -> NoisedTargets:
     """Encode and noise a batch's targets; every draw follows from the samples' seeds.
 
-    uniforms: numbers that the method needs for its own choices.
+    uniforms: numbers that the method needs for its own choices. z_0: (B, 4, h, w), where they are encoded already.
     """
     noise, u = diffusion.draw(batch.seeds, latent_shape(module.vae, batch.target), uniforms=uniforms + 1)
     noise, u = sent(noise, module.device), sent(u, module.device)
     t = (u[:, 0] * module.train_timesteps).long()
-    z_0 = encode_images(module.vae, batch.target).float()
+    z_0 = encode_images(module.vae, batch.target).float() if z_0 is None else z_0
     alpha, sigma = diffusion.alpha_sigma(module.alphas_cumprod, t)
     kind = module.backbone.scheduler.config.prediction_type
     return NoisedTargets(

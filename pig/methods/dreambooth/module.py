@@ -1,0 +1,109 @@
+"""DreamBooth (arXiv 2208.12242): tune a base model on the pictures of one subject, under a word that stands for it."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from pig import diffusion
+from pig.data.schema import Batch
+from pig.errors import check_ranges
+from pig.methods.dreambooth.network import DreamBoothNet
+from pig.methods.dreambooth.pipeline import DreamBoothPipeline, DreamBoothSettings
+from pig.models.backbone import sent, tokenize
+from pig.models.identifier import identifier_token, is_common, with_identifier
+from pig.models.lora import Lora
+from pig.training.optimizers import OptimizerName, Schedule
+from pig.training.triplets import noised_targets
+from pig.training.tuned import TunedModule
+
+
+class DreamBooth(TunedModule):
+    """The denoising loss on the subject under "a photo of a sks dog", and on its class under "a photo of a dog".
+
+    L = L_subject + prior_weight L_class (section 3.2). Nothing is dropped: the branch without text is the base model's
+    in the beginning, and drifts with it, as in the authors' and diffusers' recipes.
+
+    Args:
+        base: see `PersonalisationModule`.
+        identifier: one rare token of the vocabulary (section 3.1).
+        lr: of the UNet, or of the LoRA in it.
+        lr_text_encoder: at rate 0 it is frozen.
+        prior_weight: lambda of the paper, where the data has class pictures (`data.prior`).
+        lora: in the UNet; null: the whole UNet is tuned.
+        schedule: of the learning rates: `constant`, or `cosine` to 0 at the end of the run.
+        text_guidance: what the pipeline takes where none is named.
+        gradient_checkpointing: less memory for about a third more time; same gradients.
+        optimizer, micro_batch: see `PersonalisationModule`.
+    """
+
+    method = "dreambooth"
+    net: DreamBoothNet
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        identifier: str = DreamBoothSettings.identifier,
+        lr: float = 5e-6,
+        lr_text_encoder: float = 0.0,
+        prior_weight: float = 1.0,
+        lora: Lora | None = None,
+        schedule: Schedule = "constant",
+        text_guidance: float = DreamBoothSettings.text_guidance,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerName = "adamw",
+        micro_batch: int | None = None,
+    ) -> None:
+        rates = {"lr": (lr, 0.0, 1.0), "lr_text_encoder": (lr_text_encoder, 0.0, 1.0)}
+        check_ranges(**{f"model.{name}": limits for name, limits in rates.items()})
+        check_ranges(**{"model.prior_weight": (prior_weight, 0, 1000)})
+        self.own_settings = {"identifier": identifier, "text_guidance": text_guidance}
+        DreamBoothSettings.given(self.own_settings, {})
+        super().__init__(base, optimizer, micro_batch)
+        self.save_hyperparameters()
+        if isinstance(lora, dict):  # as a checkpoint has it, which is read without running code
+            lora = Lora(**lora)
+        self.hparams["lora"] = lora and lora.as_json()
+        identifier_token(self.backbone.tokenizer, identifier)
+        if is_common(self.backbone.tokenizer, identifier):
+            warnings.warn(
+                f"the identifier {identifier!r} is a common word, whose meaning will mix with the subject's: a rare one "
+                "such as 'sks' is better",
+                stacklevel=2,
+            )
+        self.identifier, self.prior_weight = identifier, prior_weight
+        self.net = DreamBoothNet(self.backbone.unet, lora, self.text_encoder if lr_text_encoder else None)
+        self.net.train()  # `from_pretrained` leaves modules in eval mode
+        if gradient_checkpointing:
+            self.net.unet.enable_gradient_checkpointing()
+        self.train_only({"unet": lr, "text_encoder": lr_text_encoder}, schedule)
+
+    def losses(self, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Loss of each picture, (B,), whose mean is L, and its timestep, (B,)."""
+        noised = noised_targets(self, batch, uniforms=0, z_0=self.latents_of(batch))
+        of_class = batch.of_class or [False] * len(batch.keys)
+        texts = [
+            caption if prior else with_identifier(caption, noun, self.identifier)
+            for caption, noun, prior in zip(batch.captions, batch.objects, of_class, strict=True)
+        ]
+        predicted = self.net(noised.z_t.to(self.net.unet.dtype), noised.t, self._encode(texts))
+        loss = diffusion.loss_per_sample(predicted, noised.target)
+        if batch.of_class is not None:  # a step's mean runs over both halves
+            loss = loss * loss.new_tensor([2 * self.prior_weight if prior else 2.0 for prior in of_class])
+        return loss, noised.t
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        if self.net.text_encoder is None:
+            return self.encode_once(texts)
+        return self.net.text_encoder(sent(tokenize(self.backbone.tokenizer, texts), self.device))[0]
+
+    def pipeline(self) -> DreamBoothPipeline:
+        lora = self.net.lora
+        return self.pipeline_of(
+            DreamBoothPipeline,
+            unet=self.net.unet,
+            lora=lora and lora.as_json(),
+            tuned_text_encoder=self.net.text_encoder is not None,
+        )

@@ -1,0 +1,137 @@
+"""What the methods share that are tuned on the pictures of one subject."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
+from torch import Tensor
+
+from pig.data.schema import Batch
+from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
+from pig.errors import InputError
+from pig.files import read_json, replacing, write_text
+from pig.models.backbone import base_digest, encode_images, encode_text, load_backbone
+from pig.sampling.text import TextPipeline
+from pig.training.module import PersonalisationModule
+
+TOLD = "class.json"  # beside the class pictures: by what they were drawn
+TOGETHER = 8  # class pictures that are drawn at a time; a fixed number, since a picture's rounding depends on it
+
+
+class TunedModule(PersonalisationModule):
+    """Base of the modules that are tuned on one subject (`SubjectDataModule`).
+
+    The frozen parts see the same few pictures and texts all the time, so each is encoded once, before the first step,
+    by itself: what others stand beside it in a batch changes no bit.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._latents: dict[str, Tensor] = {}
+        self._texts: dict[tuple[str, torch.device], Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule
+        if stage == "fit" and not isinstance(data, SubjectDataModule):
+            raise InputError(f"{self.method} is tuned on one subject: set data to SubjectDataModule")
+
+    def on_fit_start(self) -> None:
+        data: SubjectDataModule = self.trainer.datamodule
+        if data.prior is not None:
+            if self.trainer.is_global_zero:
+                draw_class_pictures(self.base, data.subject.class_noun, data.prior, self.own_settings, self.device)
+            self.trainer.strategy.barrier()
+        dataset: SubjectDataset = data.train_dataloader().dataset
+        for key, picture in dataset.pictures.items():
+            pixels = picture[None].to(self.device).float() / 127.5 - 1
+            self._latents[key] = encode_images(self.vae, pixels).float()
+
+    def inputs_told(self) -> str:
+        return f"{len(self._latents)} pictures, encoded once"
+
+    def latents_of(self, batch: Batch) -> Tensor:
+        """z_0, (B, 4, h, w)."""
+        if all(key in self._latents for key in batch.keys):
+            return torch.cat([self._latents[key] for key in batch.keys])
+        return encode_images(self.vae, batch.target).float()
+
+    def encode_once(self, texts: Sequence[str]) -> Tensor:
+        """(B, L, D), by the frozen text encoder."""
+        for text in texts:
+            if (text, self.device) not in self._texts:
+                self._texts[text, self.device] = encode_text(self.backbone, [text])
+        return torch.cat([self._texts[text, self.device] for text in texts])
+
+
+def draw_class_pictures(
+    base: str, noun: str, wanted: ClassPictures, settings: Mapping[str, Any], device: torch.device
+) -> None:
+    """Draw the pictures of a class that are not there yet, by the base model as it is. One process draws at a time.
+
+    settings: those of the model in tuning; its guidance is taken.
+
+    Raises:
+        InputError: the folder holds pictures by another base model, or other settings.
+    """
+    folder = wanted.of(noun)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        missing = [number for number, file in enumerate(wanted.files(noun)) if not file.is_file()]
+        how = {"prompt": class_prompt(noun), "steps": wanted.steps, "text_guidance": settings.get("text_guidance")}
+        told = read_json(folder / TOLD, "") if (folder / TOLD).is_file() else None
+        if not missing and told and all(told.get(name) == value for name, value in {**how, "base": base}.items()):
+            return
+        backbone = load_backbone(base)  # the module's own is tuned already where a run goes on
+        how |= {"base_digest": base_digest(backbone)}
+        _claim(folder, told, how, base)
+        starts = sorted({number // TOGETHER * TOGETHER for number in missing})
+        if not starts:
+            return
+        rank_zero_info(f"{noun}: {len(missing)} class pictures to draw, into {folder}")
+        own = {name: value for name, value in settings.items() if name == "text_guidance"}
+        pipeline = TextPipeline.from_backbone(backbone, base=base, settings=own).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        for start in track(starts, f"class pictures of {noun}", transient=True):
+            numbers = range(start, min(start + TOGETHER, wanted.count))
+            generators = [torch.Generator().manual_seed(number) for number in numbers]
+            drawn = pipeline(
+                class_prompt(noun),
+                num_images_per_prompt=len(numbers),
+                generator=generators,
+                num_inference_steps=wanted.steps,
+            )
+            for number, picture in zip(numbers, drawn.images, strict=True):
+                with replacing(wanted.files(noun)[number]) as aside:
+                    picture.save(aside, format="PNG")
+
+
+def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any], base: str) -> None:
+    """Refuse pictures that were drawn otherwise; note how they are drawn where none is."""
+    if told is None:
+        if any(folder.glob("*.png")):
+            raise InputError(f"{folder} holds pictures, but no {TOLD}: give another data.prior.folder, or empty it")
+        write_text(folder / TOLD, json.dumps({**how, "base": base}, indent=1) + "\n")
+        return
+    other = [name for name in how if told.get(name) != how[name]]
+    if other:
+        raise InputError(
+            f"{folder} holds class pictures that were drawn with {other[0]}={told.get(other[0])!r}, now "
+            f"{how[other[0]]!r}: give another data.prior.folder"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here."""
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
