@@ -24,7 +24,8 @@ from rich.console import Console
 
 from benchmarks.sweep import USUAL, brackets
 from data_gen.toyworld import draw_subjects, draw_triplets
-from pig.commands.generate import cut_out_all, draw_jobs
+from pig.commands.drawing import draw_jobs
+from pig.commands.generate import cut_out_all
 from pig.data.subjects import read_subjects
 from pig.demo import PRECISION, held_out_jobs, toy_scorer
 from pig.methods import load_pipeline

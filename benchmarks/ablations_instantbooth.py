@@ -24,7 +24,8 @@ from rich.console import Console
 
 from benchmarks.ablations import draw_data, folder_of, train
 from benchmarks.sweep import brackets
-from pig.commands.generate import cut_out_all, draw_jobs
+from pig.commands.drawing import draw_jobs
+from pig.commands.generate import cut_out_all
 from pig.data.images import Job
 from pig.data.subjects import read_subjects
 from pig.demo import held_out_jobs, toy_scorer

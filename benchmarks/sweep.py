@@ -20,7 +20,8 @@ import transformers
 from rich.console import Console
 
 from data_gen.toyworld import draw_subjects
-from pig.commands.generate import cut_out_all, draw_jobs
+from pig.commands.drawing import draw_jobs
+from pig.commands.generate import cut_out_all
 from pig.data.subjects import read_subjects
 from pig.demo import held_out_jobs, toy_scorer
 from pig.evaluation.figures import Point, plane_svg

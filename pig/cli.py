@@ -18,6 +18,7 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 # Command -> the function that does it, imported when it runs, and what it is for.
 COMMANDS = {
     "generate": ("pig.commands.generate:generate", "draw a subject with any model, or a whole benchmark"),
+    "tune": ("pig.commands.tune:tune", "tune a model for each subject of a folder: --config FILE --subjects DIR"),
     "app": ("pig.commands.app.serve:app", "draw on a page in the browser"),
     "evaluate": ("pig.evaluation.benchmark:evaluate", "score a folder of generated images: tables and a report"),
     "compare": (
@@ -45,6 +46,10 @@ def run(args: list[str]) -> Any:
         for flag, instead in GONE.get(command, {}).items():
             if any(re.match(rf"--{flag}(=|$)", word.replace("-", "_").replace("__", "--", 1)) for word in args):
                 raise InputError(f"--{flag} is gone: give {instead}")
+        if command == "tune":  # whose arguments are an experiment's, as those of `fit`
+            from pig.commands.tune import tune
+
+            return tune([re.sub("^--print-memory", "--print_memory", word) for word in args[1:]])
         from pig.arguments import parse  # not for --help
 
         function, values = parse(f"python -m pig.cli {command}", COMMANDS[command][0], args[1:])

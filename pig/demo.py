@@ -26,7 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from pig.commands.generate import cut_out_all, draw_jobs
+from pig.commands.drawing import draw_jobs
+from pig.commands.generate import cut_out_all
 from pig.data.grids import labelled_grid
 from pig.data.images import MANIFEST, Job, save_generated
 from pig.data.schema import Batch

@@ -1,9 +1,11 @@
-"""Files that are whole or not there: written aside, put on the disk, and moved into place."""
+"""Files and folders that are whole or not there: written aside, put on the disk, and moved into place."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder: a path beside it for a new one, which takes its place when the block ends, with nothing of
+    the old one in it."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        (aside / "new").mkdir()
+        yield aside / "new"
+        if folder.exists():
+            folder.rename(aside / "old")
+        (aside / "new").rename(folder)
+    finally:
+        shutil.rmtree(aside)
 
 
 def write_text(path: Path, text: str) -> None:

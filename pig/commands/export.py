@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from pig.data.images import make_folder
 from pig.errors import InputError
+from pig.files import replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
 from pig.sampling.delta import DELTA, save_delta
 
@@ -53,16 +52,9 @@ def export(
     else:
         pipeline = load_pipeline(str(model), "cpu")
     make_folder(out.parent)
-    # Written aside: a model is whole or not there, and nothing of an earlier one stays beside it.
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with replacing_folder(out) as aside:
         if delta:
-            save_delta(pipeline, aside / "new", half=half)
+            save_delta(pipeline, aside, half=half)
         else:
-            pipeline.save_pretrained(aside / "new")
-        if out.exists():
-            out.rename(aside / "old")
-        (aside / "new").rename(out)
-    finally:
-        shutil.rmtree(aside)
+            pipeline.save_pretrained(aside)
     print(f"{checkpoint or model or from_release} -> {out}")

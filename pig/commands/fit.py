@@ -75,18 +75,24 @@ class CLI(LightningCLI):
             load_checkpoint(Path(path))
 
 
-def run(args: list[str]) -> None:
-    """
-    Raises:
-        SIGTERMException: the scheduler stopped it. (A SystemExit of code 0, which would be taken for success.)
-    """
+def hush() -> None:
+    """Leave out the warnings that say nothing to a user."""
     for noise in (
         "Your `IterableDataset` has `__len__` defined",  # and gives each worker its own share
         r"Found \d+ module\(s\) in eval mode",  # the frozen VAE and text encoder
         "Precision bf16-mixed is not supported by the model summary",
         r".*LeafSpec",  # Lightning with a newer torch
+        "You defined a `validation_step` but have no `val_dataloader`",
     ):
         warnings.filterwarnings("ignore", noise)
+
+
+def run(args: list[str]) -> None:
+    """
+    Raises:
+        SIGTERMException: the scheduler stopped it. (A SystemExit of code 0, which would be taken for success.)
+    """
+    hush()
     sys.argv[1:] = args
     try:
         CLI()

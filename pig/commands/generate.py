@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
+from pig.commands.drawing import Order, Workers, draw_order
 from pig.commands.options import CuttingOut, Output, Subjects
-from pig.data.images import MANIFEST, Job, forget, make_folder, read_manifest, save_generated
+from pig.data.images import MANIFEST, Job, make_folder
 from pig.data.subjects import Segment, SubjectFolder, load_cutout
-from pig.data.transforms import load_image, reference_picture
+from pig.data.transforms import reference_picture
 from pig.errors import InputError
-from pig.methods import find_model, load_pipeline, pipeline_class
+from pig.methods import Source, default_device, find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
-from pig.sampling.pipeline import SubjectPipeline
-from pig.sampling.references import ReferenceCache, digest
-from pig.sampling.settings import SamplingSettings
+from pig.sampling.delta import deltas_of
 
-CUTOUTS, LOOPS = "cutouts", "loops"  # the folders for `--save_references` and `--save_loops`
-console = Console()
+CUTOUTS = "cutouts"  # the folder for `--save_references`
 
 
 def generate(
@@ -61,8 +50,12 @@ def generate(
     chosen = kind.Settings.given(source.settings, settings or {})
     part, parts = parse_shard(output.shard)
     known = what.read(kind.reads_references)
-    if what.subjects is None and parts > 1:
-        raise InputError("--shard is for --subjects")
+    if what.subjects is None:
+        for flag, given in (("--shard", parts > 1), ("--workers", output.workers > 1)):
+            if given:
+                raise InputError(f"{flag} is for --subjects")
+        if source.tuned:
+            load_pipeline(model)  # says what to give instead
     pictures = what.pictures()
     jobs = [
         Job(subject, index, one)
@@ -79,25 +72,34 @@ def generate(
     if kind.reads_references:
         saved = out if cutting_out.save_references else None
         cutouts = cut_out_all(mine, what.references_per_subject, cutting_out.make(), saved)
-    pipeline = load_pipeline(model)
-    if output.reference_cache > 0:
-        pipeline.reference_cache = ReferenceCache(int(output.reference_cache * 2**30))
-    manifest = MANIFEST if parts == 1 else f"manifest-{part}-of-{parts}.jsonl"
-    more = {"height": output.height, "width": output.width, **pictures}
-    draw_jobs(
-        pipeline,
-        jobs,
-        cutouts,
-        out,
-        chosen.as_json(),
-        more=more,
-        batch_size=output.batch_size,
-        manifest=manifest,
+    deltas = deltas_of_subjects(source, mine, what.step)
+    workers = Workers(output.workers, output.executor, output.threads)
+    model = str(next(iter(deltas.values()), model))
+    pipeline = load_pipeline(model, default_device() if workers.count == 1 else "cpu")
+    order = Order(
+        out=out,
+        model=model,
+        cutouts=cutouts,
+        given={**chosen.as_json(), "height": output.height, "width": output.width, **pictures},
+        deltas=deltas,
         keep_loops=output.save_loops,
+        reference_cache=output.reference_cache,
     )
+    manifest = MANIFEST if parts == 1 else f"manifest-{part}-of-{parts}.jsonl"
+    draw_order(order, pipeline, jobs, batch_size=output.batch_size, manifest=manifest, workers=workers)
     if what.subjects is None:
         for job in jobs:
             print(out / job.file)
+
+
+def deltas_of_subjects(source: Source, subjects: Sequence[SubjectFolder], step: int | None) -> dict[str, Path]:
+    """Of a folder of tuned subjects: each one's own weights."""
+    if not source.tuned:
+        if step is not None:
+            raise InputError("--step is for a folder made by `tune`")
+        return {}
+    assert source.folder is not None
+    return deltas_of(source.folder, [subject.name for subject in subjects], step)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -133,136 +135,3 @@ def cut_out_all(
         more = f" (and {len(mistakes) - 5} more)" if len(mistakes) > 5 else ""
         raise InputError("\n".join(mistakes[:5]) + more)
     return found
-
-
-def draw_jobs(
-    pipeline: SubjectPipeline,
-    jobs: Sequence[Job],
-    cutouts: Mapping[str, Sequence[Image.Image]],
-    out: Path,
-    settings: Mapping[str, Any],
-    *,
-    more: Mapping[str, Any] | None = None,
-    batch_size: int,
-    manifest: str = MANIFEST,
-    keep_loops: bool = False,
-) -> None:
-    """Draw the images that `out` does not have yet, with these settings; the rest as the model has it.
-
-    cutouts: the references of each subject, by its name. more: what else the pipeline's call gets (size, inpainting).
-    keep_loops: write each loop's picture, too; those of finished images are not drawn again.
-
-    Raises:
-        InputError: `out` holds images of other settings, another model or other references.
-    """
-    make_folder(out)
-    chosen, more = pipeline.settings(**settings), more or {}
-    given = {**chosen.as_json(), **more}
-    common = {
-        **{name: picture_digest(one) if isinstance(one, Image.Image) else one for name, one in given.items()},
-        "scheduler": type(pipeline.scheduler_of(chosen)).__name__,
-        "model": model_digest(pipeline),
-    }
-    digests = {name: [picture_digest(one) for one in cutouts[name]] for name in {job.subject.name for job in jobs}}
-    used = {job: json.loads(json.dumps({**common, "references": digests[job.subject.name]})) for job in jobs}
-    lines = read_manifest(out)
-    todo = [job for job in jobs if not is_finished(out, job, lines.get(job.file), used[job])]
-    if len(todo) < len(jobs):
-        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} images are finished already")
-    forget(out, {job.file for job in todo if job.file in lines}, manifest)
-    batches = list(in_batches(todo, cutouts, batch_size))
-    several = len(batches) > 2
-    pipeline.set_progress_bar_config(disable=several or None)
-    try:
-        if several:
-            announce(pipeline, batches[0], cutouts, chosen, more, len(todo))
-        for batch in track(batches, f"drawing {out.name}", console=console) if several else batches:
-            drawn = pipeline(
-                [job.prompt for job in batch],
-                [cutouts[job.subject.name] for job in batch],
-                class_noun=[job.subject.class_noun for job in batch],
-                generator=[torch.Generator().manual_seed(job.seed) for job in batch],
-                keep_loops=keep_loops,
-                **given,
-            )
-            for row, (job, picture) in enumerate(zip(batch, drawn.images, strict=True)):
-                if drawn.loops is not None:
-                    save_loops(out, job, drawn.loops[row])
-                save_generated(out, job, picture, method=pipeline.method, settings=used[job], manifest=manifest)
-    except InputError:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # nothing was drawn: leave no empty folder behind
-        raise
-
-
-def save_loops(out: Path, job: Job, versions: Sequence[Image.Image]) -> None:
-    """`loops/SUBJECT/PROMPT_INDEX/SEED/NUMBER.png`: 00 before the first loop."""
-    folder = out / LOOPS / Path(job.file).with_suffix("")
-    make_folder(folder)
-    for number, version in enumerate(versions):
-        version.save(folder / f"{number:02d}.png")
-
-
-def is_finished(out: Path, job: Job, line: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:
-    """Whether the image is there, whole, and drawn as it would be drawn now."""
-    if line is None or not (out / job.file).exists():
-        return False
-    now = {"prompt": job.prompt, **settings}
-    then = {"prompt": line.get("prompt"), **line.get("settings", {})}
-    # The model's digest last: it says least.
-    names = sorted({*now, *then}, key=lambda name: (name == "model", name))
-    other = [name for name in names if now.get(name) != then.get(name)]
-    if other:
-        raise InputError(
-            f"{out} holds images that were drawn otherwise: {job.file} with {other[0]}={then.get(other[0])!r}, now "
-            f"{now.get(other[0])!r}. Give another --out, or delete the folder"
-        )
-    try:
-        load_image(out / job.file)
-    except InputError:  # torn: it is drawn again
-        return False
-    return True
-
-
-def in_batches(jobs: Sequence[Job], cutouts: Mapping[str, Sequence[Image.Image]], size: int) -> Iterator[list[Job]]:
-    """Neighbours; the references of a batch must be equally many for all."""
-    for _, group in groupby(jobs, key=lambda job: len(cutouts[job.subject.name])):
-        alike = list(group)
-        yield from (alike[i : i + size] for i in range(0, len(alike), size))
-
-
-def announce(
-    pipeline: SubjectPipeline,
-    batch: Sequence[Job],
-    cutouts: Mapping[str, Sequence[Image.Image]],
-    chosen: SamplingSettings,
-    more: Mapping[str, Any],
-    count: int,
-) -> None:
-    """Say how long `count` images will take, at most, from a few real steps of the first batch."""
-    pipeline.set_progress_bar_config(disable=True)
-    prompts, references = [job.prompt for job in batch], [cutouts[job.subject.name] for job in batch]
-    nouns = [job.subject.class_noun for job in batch]
-    seconds, steps, edits = {}, {}, more.get("image") is not None
-    for number in (1, 2, 4):  # the first one warms up
-        settings = replace(chosen, num_inference_steps=number)
-        began = time.perf_counter()
-        pipeline(prompts, references, class_noun=nouns, **more, **settings.as_json())
-        seconds[number], steps[number] = time.perf_counter() - began, pipeline.steps_of(settings, edits=edits)
-    per_step = max(0.0, seconds[4] - seconds[2]) / (steps[4] - steps[2])
-    per_batch = seconds[4] + per_step * (pipeline.steps_of(chosen, edits=edits) - steps[4])
-    console.print(f"{count} images, on this machine about {per_batch * count / len(batch) / 60:.1f} minutes")
-
-
-def model_digest(pipeline: SubjectPipeline) -> str:
-    """Of all that a model brings to a picture: weights, settings, noise schedule, vocabulary."""
-    modules = [one for _, one in sorted(pipeline.components.items()) if isinstance(one, torch.nn.Module)]
-    weights = digest(*(weight for module in modules for weight in module.parameters()))
-    told = {"method": pipeline.method, "settings": pipeline.config.settings, **pipeline.model_options()}
-    texts = (told, dict(pipeline.scheduler.config), pipeline.tokenizer.get_vocab())
-    words = json.dumps(texts, sort_keys=True, default=str)
-    return hashlib.sha256((weights + words).encode()).hexdigest()[:16]
-
-
-def picture_digest(picture: Image.Image) -> str:
-    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:16]

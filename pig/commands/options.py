@@ -11,6 +11,7 @@ from pig.data.images import SEEDS
 from pig.data.subjects import Segment, SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.errors import InputError, check_ranges
+from pig.executors import ExecutorName
 from pig.methods import default_device
 from pig.models.backbone import TOYWORLD
 from pig.models.foreground import DETECTOR, RembgModel, SegmenterName, make_segmenter
@@ -30,6 +31,8 @@ class Subjects:
     """In place of references and prompt: a folder of subjects in DreamBooth's layout."""
     prompts: Path | None = None
     """For --subjects: the prompts file, by default the folder's own `prompts_and_classes.txt`."""
+    step: int | None = None
+    """For a model made by `tune`: how far tuned; by default as far as there is."""
     class_noun: str = ""
     """What the references show; with --subjects the classes are known."""
     references_per_subject: int | None = None
@@ -118,14 +121,21 @@ class Output:
     """Images drawn at a time."""
     shard: str = "0/1"
     """For --subjects, I/N: draw the I-th of N equal parts (I from 0), on as many devices or machines."""
+    executor: ExecutorName = "local"
+    """For --subjects with several workers: `local` processes of this machine, or `ray`, the cluster at RAY_ADDRESS."""
+    workers: int = 1
+    """For --subjects: so many draw together; with GPUs, one GPU each."""
+    threads: int = 1
+    """CPU threads of each of several workers."""
     reference_cache: float = 0.0
     """GiB of memory for what was read of references, to be used again."""
     save_loops: bool = False
     """Of a method that draws in loops: write each loop's picture into `OUT/loops`."""
 
     def check(self) -> None:
-        if self.images_per_prompt < 1 or self.batch_size < 1:
-            raise InputError("--images_per_prompt and --batch_size must be at least 1")
+        for name in ("images_per_prompt", "batch_size", "workers", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed <= SEEDS - self.images_per_prompt:  # beyond, seeds would name the same pictures again
             raise InputError(f"--seed must lie between 0 and 2^32 - images_per_prompt, got {self.seed}")
         check_ranges(reference_cache=(self.reference_cache, 0, 4096))

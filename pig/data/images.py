@@ -13,7 +13,7 @@ from PIL import Image
 from pig.data.schema import GeneratedImage
 from pig.data.subjects import SubjectFolder, is_picture
 from pig.errors import InputError
-from pig.files import write_text
+from pig.files import replacing, write_text
 
 MANIFEST = "manifest.jsonl"
 MANIFESTS = "manifest*.jsonl"
@@ -52,31 +52,38 @@ def make_folder(folder: Path) -> None:
 
 def save_generated(
     folder: Path, job: Job, image: Image.Image, *, method: str, settings: Mapping[str, Any], manifest: str = MANIFEST
-) -> GeneratedImage:
+) -> None:
     """Save the image at its place and append its line to the manifest.
 
     manifest: another name, `manifest-*.jsonl`, where several processes draw into one folder.
     """
-    file = Path(job.file)
+    if (folder / job.file).exists():
+        forget(folder, [job.file], manifest)
+    save_picture(folder / job.file, image)
+    note(folder, job, method=method, settings=settings, manifest=manifest)
+
+
+def save_picture(file: Path, image: Image.Image) -> None:
+    """As PNG, so that a run that is killed leaves no torn image."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as aside:
+        image.save(aside, format="PNG")
+
+
+def note(folder: Path, job: Job, *, method: str, settings: Mapping[str, Any], manifest: str = MANIFEST) -> None:
+    """Append the line of an image that is saved to the manifest."""
     line = GeneratedImage(
         subject=job.subject.name,
         class_noun=job.subject.class_noun,
         prompt=job.prompt,
         prompt_index=job.prompt_index,
         seed=job.seed,
-        file=str(file),
+        file=job.file,
         method=method,
         settings=settings,
     )
-    if (folder / file).exists():
-        forget(folder, [str(file)], manifest)
-    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    partial = (folder / file).with_suffix(".tmp")
-    image.save(partial, format="PNG")
-    partial.replace(folder / file)  # so that a run that is killed leaves no torn image
     with (folder / manifest).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(line)) + "\n")
-    return line
 
 
 def _line_of(text: str) -> str | None:

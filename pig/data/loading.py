@@ -225,7 +225,9 @@ class ResumableLoader(DataLoader[Batch]):
     def __init__(
         self, dataset: ResumableDataset, *, num_workers: int, pin_memory: bool, same_every_time: bool = False
     ) -> None:
-        super().__init__(cast(Any, dataset), batch_size=None, num_workers=num_workers, pin_memory=pin_memory, collate_fn=as_it_is)
+        super().__init__(
+            cast(Any, dataset), batch_size=None, num_workers=num_workers, pin_memory=pin_memory, collate_fn=as_it_is
+        )
         self.epoch, self.batch, self.same_every_time = 0, 0, same_every_time
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

@@ -167,8 +167,8 @@ class SubjectDataModule(PersonalisationData):
         self.subject = read_subject(Path(subject), class_noun)
         if len(self.subject.images) < 2:
             raise InputError(
-                f"{subject} holds one picture: a subject is tuned on several (3 to 5 in the papers), or the model learns "
-                "that picture by heart. From one, draw with a method that is not tuned, such as --model toyworld/bootpig"
+                f"{subject} holds one picture: a subject is tuned on several (3 to 5 in the papers), since a "
+                "single one is learnt by heart. From one picture, draw by a method that is not tuned, such as BootPIG"
             )
         for path in self.subject.images:
             load_image(path)  # a damaged one is said now

@@ -30,7 +30,7 @@ from pig.models.backbone import (
     load_backbone,
 )
 from pig.models.weights import read_weights
-from pig.sampling.delta import DELTA, load_weights, read_delta
+from pig.sampling.delta import DELTA, kept_steps, load_weights, read_delta, tuned_subjects
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.storing import METHOD_FILE
 
@@ -50,8 +50,8 @@ EMBEDDED = "bootpig"  # what `toyworld` stands for
 WHOLE = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
 FORMS = (
-    f"a folder made by `export`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, or `base:NAME` for a Stable Diffusion without "
-    "references"
+    f"a folder made by `export` or `tune`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, or `base:NAME` for a Stable Diffusion "
+    "without references"
 )
 
 
@@ -70,12 +70,14 @@ def module_class(method: str) -> type[PersonalisationModule]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies, and what its small files say of it. folder: None for a base model alone."""
+    """Where a model lies, and what its small files say of it. folder: None for a base model alone. tuned: a folder of
+    several subjects' weights."""
 
     method: str
     folder: Path | None
     settings: Mapping[str, Any]
     base: str | None = None
+    tuned: bool = False
 
 
 def find_model(model: str | Path) -> Source:
@@ -99,6 +101,13 @@ def find_model(model: str | Path) -> Source:
     if (folder / DELTA).is_file():
         delta = read_delta(folder)
         return Source(delta.method, folder, delta.settings, delta.base)
+    if subjects := tuned_subjects(folder):
+        delta = read_delta(list(next(iter(subjects.values())).values())[-1])
+        return Source(delta.method, folder, delta.settings, delta.base, tuned=True)
+    if steps := kept_steps(folder):
+        raise InputError(
+            f"{model} holds several steps of one subject: give one, such as --model {[*steps.values()][-1]}"
+        )
     index = read_json(folder / WHOLE, f"{model} is no model: give {FORMS}")
     if (folder / METHOD_FILE).is_file():
         method = str(read_json(folder / METHOD_FILE, "").get("method"))
@@ -121,6 +130,12 @@ def load_pipeline(model: str | Path, device: str | torch.device | None = None) -
             code when loaded.
     """
     source = find_model(model)
+    if source.tuned:
+        example = next(iter(tuned_subjects(Path(model)).values()))
+        raise InputError(
+            f"{model} holds several subjects: draw them by `generate --model {model} --subjects DIR`, or give one "
+            f"subject's step, such as {[*example.values()][-1]}"
+        )
     if source.folder is None:
         assert source.base is not None
         backbone = load_backbone(source.base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,6 @@ from pig.models.weights import random_but_the_same
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as `load_lora_weights` looks for it
 ADAPTER = "default"
-KOHYA = "lora_unet_"
 
 
 @dataclass
@@ -109,6 +107,6 @@ def save_kohya(file: Path, tensors: Mapping[str, Tensor], lora: Lora) -> None:
     """
     found = {name: one.contiguous() for name, one in convert_state_dict_to_kohya(dict(tensors)).items()}
     found |= {name: torch.tensor(float(lora.alpha)) for name in found if name.endswith(".alpha")}
-    told = {"ss_network_module": "networks.lora", "ss_network_dim": lora.rank, "ss_network_alpha": lora.alpha}
+    told = {"ss_network_module": "networks.lora", "ss_network_dim": f"{lora.rank}", "ss_network_alpha": f"{lora.alpha}"}
     with replacing(file) as aside:
-        save_file(found, aside, metadata={name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()})
+        save_file(found, aside, metadata=told)

@@ -1,13 +1,15 @@
 """Deltas: what a method has trained, in a folder, with the name of the base model that the rest comes from.
 
 `delta.json` names method, base model (with a digest of its weights), settings and options; a safetensors file beside it
-holds the trained weights.
+holds the trained weights. A method that is tuned on one subject leaves several: `SUBJECT/step-000250/` and so on, in a
+*tuned folder* that holds all subjects.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +55,10 @@ def load_weights(pipeline: SubjectPipeline, folder: Path) -> None:
     copy_weights(read_weights(file), dict(pipeline.trained_weights()), file, "It is not of this method and base model")
 
 
-def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -> None:
+def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False, origin: str | None = None) -> None:
     """Write what the pipeline's method has trained, and no more: the rest is the base model's.
 
-    half: in float16.
+    half: in float16. origin: the base model's digest, where it is known that the frozen weights are that model's.
 
     Raises:
         InputError: it is not known from which base model it was made, or its frozen weights are not that model's.
@@ -64,8 +66,16 @@ def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -
     base = pipeline.config.base
     if base is None or not dict(pipeline.trained_weights()):
         raise InputError("only a model that was trained here has a delta, one whose base model is known by its name")
+    origin = origin or _checked_origin(pipeline, base)
+    pipeline.save_weights(folder, half=half)
+    told = Delta(pipeline.method, base, origin, dict(pipeline.config.settings), pipeline.model_options())
+    write_text(folder / DELTA, json.dumps(asdict(told), indent=1) + "\n")
+
+
+def _checked_origin(pipeline: SubjectPipeline, base: str) -> str:
+    """The base model's digest, once it is known that the pipeline's frozen weights are that model's."""
     backbone = load_backbone(base)
-    origin = base_digest(backbone)
+    origin = base_digest(backbone)  # before a method adds to it
     plain = type(pipeline).from_backbone(
         backbone, base=base, settings=pipeline.config.settings, **pipeline.model_options()
     )
@@ -74,9 +84,7 @@ def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False) -
     if other or type(pipeline.scheduler) is not type(plain.scheduler) or told_of(pipeline) != told_of(plain):
         what = other[0] if other else "its scheduler, VAE configuration or tokenizer"
         raise InputError(f"{what} is not that of the base model {base!r}: a delta would lose it; export it whole")
-    pipeline.save_weights(folder, half=half)
-    told = Delta(pipeline.method, base, origin, dict(pipeline.config.settings), pipeline.model_options())
-    write_text(folder / DELTA, json.dumps(asdict(told), indent=1) + "\n")
+    return origin
 
 
 def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
@@ -93,3 +101,50 @@ def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
 def told_of(pipeline: SubjectPipeline) -> str:
     """What of a base model stands beside its weights."""
     return base_settings(pipeline.vae, pipeline.scheduler, pipeline.tokenizer)
+
+
+# -- tuned folders ----------------------------------------------------------------------------------------------------
+
+
+def step_folder(subject: Path, step: int) -> Path:
+    return subject / f"step-{step:06d}"
+
+
+def kept_steps(subject: Path) -> dict[int, Path]:
+    """Step -> its delta, in their order, of one subject."""
+    found = {
+        int(match[1]): path for path in subject.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))
+    }
+    return {step: found[step] for step in sorted(found) if (found[step] / DELTA).is_file()}
+
+
+def tuned_subjects(folder: Path) -> dict[str, dict[int, Path]]:
+    """Subject -> its kept steps, of a folder of tuned subjects; empty where it is none."""
+    found = {path.name: kept_steps(path) for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {name: steps for name, steps in found.items() if steps}
+
+
+def deltas_of(folder: Path, subjects: Sequence[str], step: int | None) -> dict[str, Path]:
+    """Subject -> the delta of its step; by default of its last one.
+
+    Raises:
+        InputError: a subject without weights, a step that was not kept; subjects of several methods or base models.
+    """
+    tuned, found = tuned_subjects(folder), {}
+    for name in subjects:
+        steps = tuned.get(name)
+        if steps is None:
+            raise InputError(f"{folder} has no weights of the subject {name!r}; it has: {', '.join(tuned)}")
+        if step is not None and step not in steps:
+            raise InputError(
+                f"--step {step} was not kept of {name}; there are: {', '.join(map(str, steps))} (model.save_at names "
+                "them)"
+            )
+        found[name] = steps[max(steps) if step is None else step]
+    told = {name: read_delta(path) for name, path in found.items()}
+    kinds = {
+        (one.method, one.base_digest, json.dumps([one.settings, one.options], sort_keys=True)) for one in told.values()
+    }
+    if len(kinds) > 1:
+        raise InputError(f"{folder} holds subjects of several methods, base models or settings: tune each into its own")
+    return found

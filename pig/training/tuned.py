@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 
+from pig.data.images import make_folder, save_picture
 from pig.data.schema import Batch
 from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
 from pig.errors import InputError
-from pig.files import read_json, replacing, write_text
+from pig.files import read_json, replacing_folder, write_text
 from pig.models.backbone import base_digest, encode_images, encode_text, load_backbone
+from pig.sampling.delta import save_delta, step_folder
 from pig.sampling.text import TextPipeline
 from pig.training.module import PersonalisationModule
+from pig.training.optimizers import OptimizerName
 
 TOLD = "class.json"  # beside the class pictures: by what they were drawn
 TOGETHER = 8  # class pictures that are drawn at a time; a fixed number, since a picture's rounding depends on it
@@ -31,10 +35,30 @@ class TunedModule(PersonalisationModule):
 
     The frozen parts see the same few pictures and texts all the time, so each is encoded once, before the first step,
     by itself: what others stand beside it in a batch changes no bit.
+
+    The model is kept as it is after some of the steps, a delta each, in `default_root_dir` of the
+    trainer: `step-000250/`. The last one always is.
+
+    Args:
+        base, optimizer, micro_batch: see `PersonalisationModule`.
+        save_at: the steps at which the model is kept. save_half: in float16, half the space; the pictures differ by
+            rounding.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        base: str,
+        optimizer: OptimizerName,
+        micro_batch: int | None,
+        *,
+        save_at: Sequence[int],
+        save_half: bool,
+    ) -> None:
+        super().__init__(base, optimizer, micro_batch)
+        if any(step < 1 for step in save_at):
+            raise InputError(f"model.save_at: steps count from 1, got {list(save_at)}")
+        self.save_at, self.save_half = sorted(set(save_at)), save_half
+        self._origin = ""  # the base model's digest
         self._latents: dict[str, Tensor] = {}
         self._texts: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -43,6 +67,9 @@ class TunedModule(PersonalisationModule):
         data = self.trainer.datamodule
         if stage == "fit" and not isinstance(data, SubjectDataModule):
             raise InputError(f"{self.method} is tuned on one subject: set data to SubjectDataModule")
+        if stage == "fit":
+            self.kept_steps(self.trainer)
+            self._origin = self._origin or base_digest(load_backbone(self.base))
 
     def on_fit_start(self) -> None:
         data: SubjectDataModule = self.trainer.datamodule
@@ -54,6 +81,28 @@ class TunedModule(PersonalisationModule):
         for key, picture in dataset.pictures.items():
             pixels = picture[None].to(self.device).float() / 127.5 - 1
             self._latents[key] = encode_images(self.vae, pixels).float()
+
+    def kept_steps(self, trainer: Trainer) -> list[int]:
+        """All that a run keeps.
+
+        Raises:
+            InputError: one of them lies behind the run's end.
+        """
+        last = trainer.max_steps
+        if last < 1:
+            raise InputError("trainer.max_steps says how long a subject is tuned: set it")
+        if self.save_at and self.save_at[-1] > last:
+            raise InputError(f"model.save_at: step {self.save_at[-1]} lies behind trainer.max_steps={last}")
+        return sorted({*self.save_at, last})
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        step = self.trainer.global_step
+        if step in self.kept_steps(self.trainer) and self.trainer.is_global_zero:
+            folder = step_folder(Path(self.trainer.default_root_dir), step)
+            make_folder(folder.parent)
+            with replacing_folder(folder) as aside:
+                save_delta(self.pipeline(), aside, half=self.save_half, origin=self._origin)
 
     def inputs_told(self) -> str:
         return f"{len(self._latents)} pictures, encoded once"
@@ -110,8 +159,7 @@ def draw_class_pictures(
                 num_inference_steps=wanted.steps,
             )
             for number, picture in zip(numbers, drawn.images, strict=True):
-                with replacing(wanted.files(noun)[number]) as aside:
-                    picture.save(aside, format="PNG")
+                save_picture(wanted.files(noun)[number], picture)
 
 
 def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any], base: str) -> None:

@@ -18,7 +18,7 @@ from trying import refused
 from benchmarks import ezigen as bench
 from pig import cli
 from pig.attention.install import transformer_blocks
-from pig.commands import generate as generating
+from pig.commands import drawing
 from pig.data.subjects import read_subjects
 from pig.data.transforms import to_tensor
 from pig.errors import InputError
@@ -322,7 +322,7 @@ def test_from_the_command_line(toy_data, tmp_path, monkeypatch, capsys, pipe) ->
         assert not (tmp_path / "no").exists()
     out = tmp_path / "edited"
     cli.run([*edits, "--loops", "1", "--save_loops", "--out", str(out)])
-    versions = sorted((out / generating.LOOPS).rglob("*.png"))
+    versions = sorted((out / drawing.LOOPS).rglob("*.png"))
     assert [one.relative_to(out).as_posix() for one in versions] == [f"loops/references/0/0/0{i}.png" for i in (0, 1)]
     assert versions[1].read_bytes() == Path(next((out / "references").rglob("*.png"))).read_bytes()
     words = ["generate", "--model", "base:toyworld", "--prompt", "x", "--save_loops", "--out", out]

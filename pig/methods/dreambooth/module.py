@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class DreamBooth(TunedModule):
         text_guidance: what the pipeline takes where none is named.
         gradient_checkpointing: less memory for about a third more time; same gradients.
         optimizer, micro_batch: see `PersonalisationModule`.
+        save_at, save_half: see `TunedModule`.
     """
 
     method = "dreambooth"
@@ -55,22 +57,24 @@ class DreamBooth(TunedModule):
         gradient_checkpointing: bool = False,
         optimizer: OptimizerName = "adamw",
         micro_batch: int | None = None,
+        save_at: Sequence[int] = (),
+        save_half: bool = False,
     ) -> None:
         rates = {"lr": (lr, 0.0, 1.0), "lr_text_encoder": (lr_text_encoder, 0.0, 1.0)}
         check_ranges(**{f"model.{name}": limits for name, limits in rates.items()})
         check_ranges(**{"model.prior_weight": (prior_weight, 0, 1000)})
         self.own_settings = {"identifier": identifier, "text_guidance": text_guidance}
         DreamBoothSettings.given(self.own_settings, {})
-        super().__init__(base, optimizer, micro_batch)
+        super().__init__(base, optimizer, micro_batch, save_at=save_at, save_half=save_half)
         self.save_hyperparameters()
         if isinstance(lora, dict):  # as a checkpoint has it, which is read without running code
             lora = Lora(**lora)
-        self.hparams["lora"] = lora and lora.as_json()
+        self.hparams.update(lora=lora and lora.as_json(), save_at=list(save_at))
         identifier_token(self.backbone.tokenizer, identifier)
         if is_common(self.backbone.tokenizer, identifier):
             warnings.warn(
-                f"the identifier {identifier!r} is a common word, whose meaning will mix with the subject's: a rare one "
-                "such as 'sks' is better",
+                f"the identifier {identifier!r} is a common word, whose meaning will mix with the subject's: take a "
+                "rare one, such as 'sks'",
                 stacklevel=2,
             )
         self.identifier, self.prior_weight = identifier, prior_weight

@@ -56,6 +56,7 @@ class TextualInversion(TunedModule):
         text_guidance: what the pipeline takes where none is named.
         gradient_checkpointing: less memory for about a third more time; same gradients.
         optimizer, micro_batch: see `PersonalisationModule`.
+        save_at, save_half: see `TunedModule`.
     """
 
     method = "textual_inversion"
@@ -73,16 +74,18 @@ class TextualInversion(TunedModule):
         gradient_checkpointing: bool = False,
         optimizer: OptimizerName = "adamw",
         micro_batch: int | None = None,
+        save_at: Sequence[int] = (),
+        save_half: bool = False,
     ) -> None:
         check_ranges(**{"model.lr": (lr, 0, 1)})
         if not templates or any(one.count("{}") != 1 for one in templates):
             raise InputError("model.templates: each text needs one {} for the word")
         self.own_settings = {"text_guidance": text_guidance}
         SamplingSettings.given(self.own_settings, {})
-        super().__init__(base, optimizer, micro_batch)
+        super().__init__(base, optimizer, micro_batch, save_at=save_at, save_half=save_half)
         self.save_hyperparameters()
         self.templates = tuple(templates)
-        self.hparams["templates"] = list(templates)
+        self.hparams.update(templates=list(templates), save_at=list(save_at))
         self.unet, self.token = self.backbone.unet, token
         self.net = OneWord(self.backbone.tokenizer, self.text_encoder, token)
         if gradient_checkpointing:
@@ -100,9 +103,8 @@ class TextualInversion(TunedModule):
 
     def losses(self, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Squared error of each picture, (B,), and its timestep, (B,)."""
-        noised = noised_targets(self, batch, uniforms=1, z_0=self.latents_of(batch))
-        chosen = (noised.u[:, 0] * len(self.templates)).long().tolist()
-        texts = [self.templates[one].format(self.token) for one in chosen]
+        noised = noised_targets(self, batch, uniforms=0, z_0=self.latents_of(batch))
+        texts = [self.templates[seed % len(self.templates)].format(self.token) for seed in batch.seeds.tolist()]
         ids = sent(tokenize(self.net.longer, texts), self.device)
         text = self.text_encoder(ids)[0]
         predicted = self.unet(noised.z_t.to(self.unet.dtype), noised.t, text).sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pig.models.words import LearnedWord, add_word
+from pig.models.words import add_word
 
 
 class OneWord(nn.Module):

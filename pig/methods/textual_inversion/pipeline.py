@@ -54,13 +54,13 @@ class TextualInversionPipeline(TextPipeline):
 
     @contextmanager
     def base_parts(self) -> Iterator[None]:
-        longer, word = self.tokenizer, self.network.word
+        word = self.network.word
         self.tokenizer = self.network.tokenizer
         install(self.text_encoder, word.words)
         try:
             yield
         finally:
-            self.tokenizer = longer
+            self.tokenizer = self.network.longer
             install(self.text_encoder, word)
 
     def name_in_delta(self, name: str) -> str:

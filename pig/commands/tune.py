@@ -1,0 +1,274 @@
+"""`tune`: a method that is tuned on one subject, on all subjects of a folder, by this machine or many."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+from rich.live import Live
+
+from pig.commands.fit import CLI, hush
+from pig.commands.generate import parse_shard
+from pig.data.images import make_folder
+from pig.data.subjects import SubjectFolder, read_subjects
+from pig.errors import InputError, find_input_error
+from pig.executors import ExecutorName, execute
+from pig.files import read_json, write_text
+from pig.sampling.delta import kept_steps
+from pig.training.tuned import TunedModule
+
+EXPERIMENT, PROGRESS = "tune.json", "progress.json"
+OWN = ("subjects", "out", "shard", "executor", "workers", "threads")
+# What differs from subject to subject, or says where the work is done.
+PLACE = (*OWN, "config", "run", "print_memory")
+console = Console()
+
+
+class TuneCLI(CLI):
+    """The experiment of a config and its overrides, without a run of its own. built: whether model, data and trainer
+    are made, or only the arguments read."""
+
+    def __init__(self, args: Sequence[str], *, built: bool) -> None:
+        self.built = built
+        super().__init__(args, run=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--subjects", required=True, help="a folder of subjects in DreamBooth's layout")
+        parser.add_argument("--out", required=True, help="for OUT/SUBJECT/step-000250/: what is finished stays")
+        parser.add_argument("--shard", default="0/1", help="I/N: tune the I-th of N equal parts (I from 0)")
+        parser.add_argument(
+            "--executor", type=ExecutorName, default="local", help="processes here, or Ray at RAY_ADDRESS"
+        )
+        parser.add_argument("--workers", type=int, default=1, help="subjects at a time; with GPUs, one GPU each")
+        parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker")
+
+    def instantiate_classes(self) -> None:
+        if self.built:
+            super().instantiate_classes()
+
+    def experiment(self) -> dict[str, Any]:
+        """What decides the weights: all settings but those of place."""
+        told = json.loads(self.parser.dump(self.config, format="json", skip_none=False, skip_link_targets=False))
+        told = {name: value for name, value in told.items() if name not in PLACE}
+        told["data"]["init_args"].pop("subject", None)
+        return told
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject to be tuned. args: of the command line, without what is `OWN`."""
+
+    name: str
+    folder: Path  # its pictures
+    class_noun: str
+    out: Path
+    args: tuple[str, ...]
+
+    def cli(self) -> TuneCLI:
+        own = [f"--data.subject={self.folder}", f"--run={self.out}", f"--data.class_noun={self.class_noun}"]
+        return TuneCLI([*self.args, *own, f"--subjects={self.folder.parent}", f"--out={self.out.parent}"], built=True)
+
+    @property
+    def work(self) -> Path:
+        return self.out / "fit"
+
+
+def tune(args: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: before any work, what the arguments get wrong; or, when all else is done, which subjects failed.
+    """
+    quiet_lightning()
+    own, rest = split(args)
+    if not own.get("subjects") or "-h" in args or "--help" in args:
+        TuneCLI([*args], built=False)  # says what is missing, or its help
+    subjects, out = read_subjects(Path(own["subjects"])), Path(own.get("out") or "")
+    first = Job(subjects[0].name, folder_of(subjects[0]), subjects[0].class_noun, out / subjects[0].name, tuple(rest))
+    told = TuneCLI([*args, f"--data.subject={first.folder}", f"--run={first.out}"], built=False)
+    config = told.config
+    part, parts = parse_shard(config.shard)
+    if config.workers < 1 or config.threads < 1:
+        raise InputError("--workers and --threads must be at least 1")
+    jobs = [
+        Job(one.name, folder_of(one).absolute(), one.class_noun, (out / one.name).absolute(), tuple(rest))
+        for one in subjects
+    ]
+    jobs = jobs[len(jobs) * part // parts : len(jobs) * (part + 1) // parts]
+    wanted = check(jobs)
+    make_folder(out)
+    claim(out, told.experiment())
+    todo = [job for job in jobs if not wanted <= kept_steps(job.out).keys()]
+    steps = max(wanted)
+    console.print(
+        f"{len(jobs)} subjects, {len(jobs) - len(todo)} finished already; {steps} steps for each of the others, "
+        f"{config.workers} at a time"
+    )
+    how: Any = {"executor": config.executor, "workers": config.workers, "threads": config.threads}
+    make = partial(make_tuner, config.threads, os.getcwd())
+    failed = follow(todo, steps, execute(make, todo, **how)) if todo else {}
+    if failed:
+        raise InputError("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
+
+
+def split(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The arguments that are `OWN`, and the rest, which is the experiment."""
+    own: dict[str, str] = {}
+    rest, words = [], iter(args)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in OWN:
+            own[name] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def folder_of(subject: SubjectFolder) -> Path:
+    return subject.images[0].parent
+
+
+def check(jobs: Sequence[Job]) -> set[int]:
+    """The steps that are kept of each subject; model and data are made once, so that mistakes are said now."""
+    cli = jobs[0].cli()
+    if not isinstance(cli.model, TunedModule):
+        raise InputError(f"{cli.model.method} is not tuned on a subject: give a config of a method that is")
+    return set(cli.model.kept_steps(cli.trainer))
+
+
+def claim(out: Path, experiment: Mapping[str, Any]) -> None:
+    """Go on in a folder only with the experiment that it was begun with."""
+    file = out / EXPERIMENT
+    if not file.is_file():
+        write_text(file, json.dumps(experiment, indent=1) + "\n")
+        return
+    then = flat(read_json(file, ""))
+    now = flat(experiment)
+    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if other:
+        raise InputError(
+            f"{out} was tuned with {other[0]}={then.get(other[0])!r}, now it is {now.get(other[0])!r}: give another "
+            "--out, or the same config"
+        )
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"model.init_args.lr": ...}` of a tree of names and lists."""
+    if isinstance(tree, Mapping):
+        branches = tree.items()
+    elif isinstance(tree, list) and any(isinstance(one, Mapping) for one in tree):
+        branches = enumerate(tree)  # type: ignore[assignment]
+    else:
+        return {prefix: tree}
+    return {name: leaf for at, one in branches for name, leaf in flat(one, f"{prefix}.{at}".lstrip(".")).items()}
+
+
+def follow(jobs: Sequence[Job], steps: int, done: Iterator[Any]) -> dict[str, str]:
+    """Show the progress over all subjects until they are done; why some failed."""
+    failed: dict[str, str] = {}
+    finished: set[str] = set()
+    before = {job.name: progress_of(job) for job in jobs}
+    began = told = time.perf_counter()
+    with Live(console=console, refresh_per_second=2, transient=not console.is_terminal) as live:
+        for result in done:
+            if result is not None:
+                name, why = result
+                finished.add(name)
+                if why:
+                    failed[name] = why
+            each = {job.name: steps if job.name in finished else progress_of(job) for job in jobs}
+            fresh = sum(each.values()) - sum(before.values())
+            seconds = time.perf_counter() - began
+            left = (steps * len(jobs) - sum(each.values())) * seconds / fresh if fresh else None
+            line = (
+                f"subjects {len(finished)}/{len(jobs)}  steps {sum(each.values())}/{steps * len(jobs)}  "
+                f"{fresh / seconds:.1f} steps/s  left {'?' if left is None else f'{left / 60:.1f} min'}"
+                + (f"  failed {len(failed)}" if failed else "")
+            )
+            live.update(line)
+            if not console.is_terminal and time.perf_counter() - told > 30:  # a log file wants lines
+                told = time.perf_counter()
+                print(line, flush=True)
+    console.print(line)
+    return failed
+
+
+def progress_of(job: Job) -> int:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(json.loads((job.work / PROGRESS).read_text(encoding="utf-8"))["step"])
+    return 0
+
+
+# -- in a worker ------------------------------------------------------------------------------------------------------
+
+
+def quiet_lightning() -> None:
+    """Its notes are about one training."""
+    hush()
+    sys.argv[1:] = []  # which it would compare with the arguments that it is given
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def make_tuner(threads: int, cwd: str, device: str) -> Callable[[Job], tuple[str, str]]:
+    os.chdir(cwd)  # configs name folders relative to it
+    torch.set_num_threads(threads)
+    return partial(tune_one, device)
+
+
+def tune_one(device: str, job: Job) -> tuple[str, str]:
+    """Tune a subject from its last checkpoint on; its name, and why it failed, if it did. A failure is no end for the
+    other subjects."""
+    quiet_lightning()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            place = [] if device == "cpu" else ["--trainer.accelerator=gpu", f"--trainer.devices=[{gpu_of(device)}]"]
+            cli = Job(**{**vars(job), "args": (*job.args, *place)}).cli()
+            trainer: Trainer = cli.trainer
+            trainer.callbacks.append(Progress(job.work / PROGRESS))
+            last = job.work / "checkpoints/last.ckpt"
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
+    except Exception as error:
+        mistake = find_input_error(error)
+        if mistake is None:
+            make_folder(job.work)
+            write_text(job.work / "error.txt", traceback.format_exc())
+            return job.name, f"{error} (see {job.work / 'error.txt'})"
+        return job.name, str(mistake)
+    shutil.rmtree(job.work / "checkpoints", ignore_errors=True)  # as large as model and optimizer together
+    return job.name, ""
+
+
+def gpu_of(device: str) -> str:
+    return device.partition(":")[2] or "0"
+
+
+class Progress(Callback):
+    """Writes the step into a file, where whoever waits can read it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.since = file, 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.perf_counter() - self.since > 0.5 and trainer.is_global_zero:
+            self.since = time.perf_counter()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.file, json.dumps({"step": trainer.global_step}))
