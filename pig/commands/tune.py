@@ -26,11 +26,13 @@ from rich.live import Live
 from pig.commands.fit import CLI, hush
 from pig.commands.generate import parse_shard
 from pig.data.images import make_folder
+from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.errors import InputError, find_input_error
 from pig.executors import ExecutorName, execute
 from pig.files import read_json, write_text
 from pig.sampling.delta import kept_steps
+from pig.training.checkpoints import load_checkpoint
 from pig.training.tuned import TunedModule
 
 EXPERIMENT, PROGRESS = "tune.json", "progress.json"
@@ -96,21 +98,21 @@ def tune(args: Sequence[str]) -> None:
         InputError: before any work, what the arguments get wrong; or, when all else is done, which subjects failed.
     """
     quiet_lightning()
-    own, rest = split(args)
-    if not own.get("subjects") or "-h" in args or "--help" in args:
-        TuneCLI([*args], built=False)  # says what is missing, or its help
-    subjects, out = read_subjects(Path(own["subjects"])), Path(own.get("out") or "")
-    first = Job(subjects[0].name, folder_of(subjects[0]), subjects[0].class_noun, out / subjects[0].name, tuple(rest))
-    told = TuneCLI([*args, f"--data.subject={first.folder}", f"--run={first.out}"], built=False)
+    told = TuneCLI(args, built=False)
     config = told.config
+    if not config.data.class_path.endswith(SubjectDataModule.__name__):
+        raise InputError("tune is for methods that are tuned on one subject: its config's data is a SubjectDataModule")
     part, parts = parse_shard(config.shard)
     if config.workers < 1 or config.threads < 1:
         raise InputError("--workers and --threads must be at least 1")
+    out, rest = Path(config.out), tuple(without_own(args))
+    subjects = read_subjects(Path(config.subjects))
+    subjects = subjects[len(subjects) * part // parts : len(subjects) * (part + 1) // parts]
+    for one in subjects:
+        SubjectDataModule(str(folder_of(one)), class_noun=one.class_noun, resolution=8)  # says what is wrong with it
     jobs = [
-        Job(one.name, folder_of(one).absolute(), one.class_noun, (out / one.name).absolute(), tuple(rest))
-        for one in subjects
+        Job(one.name, folder_of(one).absolute(), one.class_noun, (out / one.name).absolute(), rest) for one in subjects
     ]
-    jobs = jobs[len(jobs) * part // parts : len(jobs) * (part + 1) // parts]
     wanted = check(jobs)
     make_folder(out)
     claim(out, told.experiment())
@@ -127,17 +129,15 @@ def tune(args: Sequence[str]) -> None:
         raise InputError("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
 
-def split(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The arguments that are `OWN`, and the rest, which is the experiment."""
-    own: dict[str, str] = {}
-    rest, words = [], iter(args)
+def without_own(args: Sequence[str]) -> Iterator[str]:
+    """The arguments of the experiment alone."""
+    words = iter(args)
     for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in OWN:
-            own[name] = value if equals else next(words, "")
-        else:
-            rest.append(word)
-    return own, rest
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and name in OWN):
+            yield word
+        elif not equals:
+            next(words, None)
 
 
 def folder_of(subject: SubjectFolder) -> Path:
@@ -147,8 +147,7 @@ def folder_of(subject: SubjectFolder) -> Path:
 def check(jobs: Sequence[Job]) -> set[int]:
     """The steps that are kept of each subject; model and data are made once, so that mistakes are said now."""
     cli = jobs[0].cli()
-    if not isinstance(cli.model, TunedModule):
-        raise InputError(f"{cli.model.method} is not tuned on a subject: give a config of a method that is")
+    assert isinstance(cli.model, TunedModule)
     return set(cli.model.kept_steps(cli.trainer))
 
 
@@ -242,7 +241,11 @@ def tune_one(device: str, job: Job) -> tuple[str, str]:
             cli = Job(**{**vars(job), "args": (*job.args, *place)}).cli()
             trainer: Trainer = cli.trainer
             trainer.callbacks.append(Progress(job.work / PROGRESS))
+            for torn in job.out.glob(".step-*"):  # begun when a run was killed
+                shutil.rmtree(torn)
             last = job.work / "checkpoints/last.ckpt"
+            if last.is_file():
+                load_checkpoint(last)  # a torn one is said by its name
             trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
     except Exception as error:
         mistake = find_input_error(error)

@@ -152,7 +152,7 @@ class SubjectDataModule(PersonalisationData):
 
     def __init__(
         self,
-        subject: str,
+        subject: str | None = None,
         *,
         resolution: int,
         class_noun: str = "",
@@ -164,6 +164,8 @@ class SubjectDataModule(PersonalisationData):
         if resolution % 8 or resolution <= 0:
             raise InputError(f"data.resolution must be a multiple of 8, got {resolution}")
         check_ranges(**{"data.batch_size": (batch_size, 1, 10**6)})
+        if subject is None:
+            raise InputError("which subject? Give --data.subject DIR/NAME; for all: `tune --subjects DIR`")
         self.subject = read_subject(Path(subject), class_noun)
         if len(self.subject.images) < 2:
             raise InputError(

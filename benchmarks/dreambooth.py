@@ -1,0 +1,141 @@
+"""Tuning per subject on the toy world: how identity, prompt and diversity move with the steps: `make dreambooth`.
+
+    python -m benchmarks.dreambooth [--out runs/tuned] [--subjects 8] [--rows NAME ...]
+
+Each row is one `tune` of all subjects; each of its kept steps is drawn under all prompts, two seeds, and scored, as is
+the base model that it starts from. Intervals are of the mean over subjects (95 %, bootstrap). What is finished is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+import numpy as np
+import transformers
+from PIL import Image
+from rich.console import Console
+
+from benchmarks.sweep import brackets
+from data_gen.toyworld import draw_subjects
+from pig.data.images import read_generated
+from pig.data.subjects import SubjectFolder, read_subjects
+from pig.demo import toy_scorer
+from pig.evaluation.benchmark import Scorer
+from pig.sampling.delta import tuned_subjects
+
+Scores = dict[str, list[float]]  # of each subject
+NO_PRIOR = "--data.prior=null"
+# Row -> config, and the command line over it.
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "1e-4, prior": ("dreambooth/toyworld", []),
+    "1e-4": ("dreambooth/toyworld", [NO_PRIOR]),
+    "5e-4, prior": ("dreambooth/toyworld", ["--model.lr=5e-4"]),
+    "5e-4": ("dreambooth/toyworld", ["--model.lr=5e-4", NO_PRIOR]),
+    "LoRA, prior": ("dreambooth/toyworld_lora", []),
+    "Textual Inversion": ("textual_inversion/toyworld", []),
+}
+DRAWN = ["--steps=20", "--images_per_prompt=2", "--text_guidance=3", "--batch_size=10"]
+BASE = "base model"
+COLUMNS = {
+    "dino": "DINO",
+    "clip_t": "CLIP-T",
+    "prompt_accuracy": "background",
+    "diversity": "diversity",
+    "px": "pixels",
+}
+console = Console(soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tuned"))
+    parser.add_argument("--subjects", type=int, default=8)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    chosen = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    out: Path = chosen.out
+    console.print(f"{len(chosen.rows)} ways to tune x {chosen.subjects} subjects, some 25 minutes each on a CPU core")
+    if not (out / "subjects").exists():
+        draw_subjects(out / "subjects", chosen.subjects, 64)
+    subjects, scorer = read_subjects(out / "subjects"), toy_scorer(out / "eval")
+    found = {BASE: score(scorer, draw(out, BASE, "base:toyworld"), subjects)}
+    for name in chosen.rows:
+        config, told = ROWS[name]
+        tuned = out / name.replace(", ", "_").replace(" ", "_") / "models"
+        words = ["tune", f"--config=configs/{config}.yaml", f"--subjects={out / 'subjects'}", f"--out={tuned}", *told]
+        subprocess.run([sys.executable, "-W", "ignore", "-m", "pig.cli", *words], check=True)
+        for step in next(iter(tuned_subjects(tuned).values())):
+            images = draw(tuned.parent, f"{step}", str(tuned), f"--step={step}")
+            found[f"{name}, {step}"] = score(scorer, images, subjects)
+        (out / "tuned.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (out / "tuned.md").write_text(markdown(found), encoding="utf-8")
+    figure(found, chosen.rows, out / "tuned.png")
+    console.print(f"{out / 'tuned.md'}, {out / 'tuned.json'}, {out / 'tuned.png'}")
+
+
+def draw(out: Path, name: str, model: str, *told: str) -> Path:
+    images = out / "images" / name.replace(" ", "_")
+    subjects = next(folder for folder in (out / "subjects", out.parent / "subjects") if folder.is_dir())
+    words = ["generate", f"--model={model}", f"--subjects={subjects}", f"--out={images}", *DRAWN, *told]
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "pig.cli", *words], check=True)
+    return images
+
+
+def score(scorer: Scorer, images: Path, subjects: list[SubjectFolder]) -> Scores:
+    return {**scorer.score(images, subjects).per_subject(), "px": pixel_distance(images, subjects)}
+
+
+def pixel_distance(images: Path, subjects: list[SubjectFolder]) -> list[float]:
+    """Of each subject: root of the mean squared distance of a prompt's pictures, in [0, 2], over its prompts."""
+    pictures: dict[tuple[str, int], list[np.ndarray]] = {}
+    for one in read_generated(images, subjects):
+        pixels = np.asarray(Image.open(one.path), dtype=np.float32) / 127.5 - 1
+        pictures.setdefault((one.subject.name, one.prompt_index), []).append(pixels)
+    return [
+        fmean(
+            float(np.sqrt(np.mean((first - second) ** 2)))
+            for (name, _), (first, second, *_) in pictures.items()
+            if name == subject.name
+        )
+        for subject in subjects
+    ]
+
+
+def markdown(found: dict[str, Scores]) -> str:
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, scores in found.items():
+        cells = [f"{fmean(scores[one]):.3f} {brackets(scores[one])}" for one in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(found: dict[str, Scores], rows: list[str], file: Path) -> None:
+    """DreamBlend's Fig. 1 (arXiv 2411.19390): the paths of the checkpoints, from the base model on."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    plot, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for name in rows:
+        steps = [BASE, *(one for one in found if one.rpartition(", ")[0] == name)]
+        for axes, across in ((left, "clip_t"), (right, "px")):
+            x, y = ([fmean(found[one][score]) for one in steps] for score in (across, "dino"))
+            (line,) = axes.plot(x, y, marker="o", markersize=4, label=name)
+            for at, one in enumerate(steps[1:], 1):
+                label = one.rpartition(", ")[2]
+                axes.annotate(
+                    label, (x[at], y[at]), (3, 3), textcoords="offset points", fontsize=7, color=line.get_color()
+                )
+    left.set(xlabel="CLIP-T (prompt)", ylabel="DINO (subject)")
+    right.set(xlabel="pixel distance of a prompt's two pictures (diversity)", ylabel="DINO (subject)")
+    left.legend(fontsize=8)
+    plot.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
