@@ -17,6 +17,7 @@ from benchmarks import ablations, ablations_instantbooth
 from pig import cli, demo
 from pig.commands.fit import CLI
 from pig.data.modules import TripletDataModule
+from pig.data.subject_training import SubjectDataModule
 from pig.methods import METHODS
 from pig.models.backbone import WEIGHTS, half_is_fast
 
@@ -35,6 +36,7 @@ BELOW = {
 }
 # What else of a method's configs cannot be had here: an image encoder of the hub, a token that the toy does not have.
 ABSENT = {
+    "dreambooth": {"identifier": "q"},
     "instantbooth": {"image_encoder": "toyworld", "identifier": "q"},
     "ip_adapter": {"image_encoder": "toyworld"},
 }
@@ -47,19 +49,23 @@ def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> CLI:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_config_instantiates(monkeypatch, tmp_path, config) -> None:
+def test_every_config_instantiates(monkeypatch, tmp_path, toy_data, config) -> None:
     files = [BELOW[config.name], str(config)] if config.name in BELOW else [str(config)]
     arguments = [f"--config={file}" for file in files]
     absent = ABSENT.get(config.parent.name, {})
     arguments += [f"--model.{name}={value}" for name, value in absent.items()]
+    tuned = config.parent.name in ("dreambooth", "textual_inversion")
+    arguments += [f"--data.subject={toy_data / 'subjects/mug_006'}"] if tuned else []
     made = parse(monkeypatch, *arguments, *HERE, f"--run={tmp_path}")
     assert made.model.method == config.parent.name
-    assert isinstance(made.datamodule, TripletDataModule)
+    assert isinstance(made.datamodule, SubjectDataModule if tuned else TripletDataModule)
     assert isinstance(made.trainer, Trainer)
     assert made.trainer.gradient_clip_val == 1.0
     model = yaml.safe_load(config.read_text()).get("model", {"init_args": {}})["init_args"]
     for name, value in model.items():
-        if name not in ("base", *absent):
+        if isinstance(value, dict):  # the rest as its class has it
+            assert value.items() <= made.model.hparams[name].items(), name
+        elif name not in ("base", *absent):
             assert made.model.hparams[name] == value, name
 
 
