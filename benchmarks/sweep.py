@@ -3,8 +3,8 @@
     python -m benchmarks.sweep [--out runs/sweep] [--subjects 50] [--seeds 3] [--model toyworld] [--beside MODEL]
 
 50 held-out subjects, each under the one background that no training picture of its category has, three seeds; one
-setting changed at a time: BootPIG's settings, or EZIGen's where the model is one. `--beside`: a BootPIG, to be scored
-at the same guidances as EZIGen. Intervals are of the mean over subjects (95 %, bootstrap), differences are paired by
+setting changed at a time: those of the model's method. `--beside`: a BootPIG, to be scored beside it at several
+guidances. Intervals are of the mean over subjects (95 %, bootstrap), differences are paired by
 subject. What is drawn is kept: a sweep that was stopped goes on.
 """
 
@@ -81,9 +81,24 @@ EZIGEN: dict[str, Table] = {
         if run != "transfer everywhere"
     }
 }
+FOUR = {"references": 4}
+INSTANTBOOTH: dict[str, Table] = {
+    "beta / alpha": {
+        f"{beta:g} / {alpha:g}": {"beta": beta, "alpha": alpha} for beta, alpha in ((0.3, 0.4), (0.3, 1.0), (1.0, 0.4))
+    },
+    "References": {"4 references": FOUR},
+    "Text guidance": {f"text guidance {text:g}": {"text_guidance": text} for text in (1.0, 3.0, 5.0)},
+}
+IP_ADAPTER: dict[str, Table] = {
+    "Scale": {f"scale {scale:g}": {"scale": scale} for scale in (0.0, 0.5, 1.5)},
+    "References": {"4 references": FOUR},
+    "Text guidance": {f"text guidance {text:g}": {"text_guidance": text} for text in (1.0, 3.0, 5.0)},
+}
 # Method -> name of the usual row, its settings, and the tables.
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Table]]] = {
     "bootpig": ("usual: 1 reference, fresh noise, caption, 5 / 1.5, UniPC, 20 steps", {}, BOOTPIG),
+    "instantbooth": ("usual: beta 1, alpha 1, 1 reference, 1.5, UniPC, 20 steps", {}, INSTANTBOOTH),
+    "ip_adapter": ("usual: scale 1, 1 reference, 1.5, UniPC, 20 steps", {}, IP_ADAPTER),
     "ezigen": ("adapters off", {"adapter_scale": 0.0, "loops": 0, "image_guidance": 1.0}, EZIGEN),
 }
 
@@ -113,7 +128,8 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for name, (model, told) in rows.items():
         folder = out / name.replace("/", "-").replace(" ", "_").replace(":", "").replace("%", "pc").replace(",", "")
-        settings = {**USUAL, **told}
+        usual_here = {control: value for control, value in USUAL.items() if hasattr(model.Settings, control)}
+        settings = {**usual_here, **told}
         references = settings.pop("references", 1)
         draw_jobs(model, jobs, cutouts[references], folder, settings, batch_size=12)
         found[name] = scorer.score(folder, subjects).per_subject()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
+from transformers.utils import logging as transformers_logging
 
 from pig.errors import InputError
 from pig.models.backbone import resolve, tokenize, weights_digest
@@ -290,13 +291,22 @@ def is_openai_file(path: str) -> bool:
 
 
 def load_transformer(kind: Any, folder: str | Path, **options: object) -> Any:
+    """
+    Raises:
+        InputError: it cannot be loaded, or lacks weights. (Weights too many, such as those of the text tower where the
+            image tower is wanted, are as it should be: transformers' report of them is left out.)
+    """
     what = f"cannot load a {kind.__name__} from {str(folder)!r}"
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         if kind is CLIPTokenizer:
             return kind.from_pretrained(folder)
         loaded, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise InputError(f"{what}: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if absent := sorted(told["missing_keys"]) + sorted(str(one) for one in told["mismatched_keys"]):
         raise InputError(f"{what}: it has no weights for {absent[0]} and {len(absent) - 1} more, which would be random")
     return loaded
