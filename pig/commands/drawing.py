@@ -23,7 +23,7 @@ from pig.data.shards import sha256_of
 from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.executors import ExecutorName, execute
-from pig.methods import load_pipeline
+from pig.methods import load_blend, load_pipeline
 from pig.sampling.delta import load_weights
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import ReferenceCache, digest
@@ -51,15 +51,15 @@ class Order:
     """What is drawn, and how: all that a worker needs to know.
 
     model: as `load_pipeline` takes it. cutouts: the references of each subject, by its name. given: settings, size and
-    inpainting, for the pipeline's call. deltas: where a subject has weights of its own: their folder. keep_loops: write
-    each loop's picture, too. reference_cache: in GiB.
+    inpainting, for the pipeline's call. deltas: where a subject has weights of its own: their folder, or two of them
+    that are blended. keep_loops: write each loop's picture, too. reference_cache: in GiB.
     """
 
     out: Path
     model: str
     cutouts: Mapping[str, Sequence[Image.Image]]
     given: Mapping[str, Any]
-    deltas: Mapping[str, Path] = field(default_factory=dict)
+    deltas: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     keep_loops: bool = False
     reference_cache: float = 0.0
 
@@ -75,7 +75,8 @@ class Drawer:
     def take(self, subject: str) -> None:
         """Load the weights of a subject that has its own."""
         if subject in self.order.deltas and subject != self.subject:
-            load_weights(self.pipeline, self.order.deltas[subject])
+            for part, folder in zip(self.pipeline.tuned_parts, self.order.deltas[subject], strict=True):
+                load_weights(part, folder)
             self.subject = subject
 
     def call(self, batch: Sequence[Job], **more: Any) -> Any:
@@ -98,10 +99,18 @@ class Drawer:
         return batch
 
 
+def load_for(order: Order, device: str) -> SubjectPipeline:
+    """The order's pipeline; where each subject has its own weights, with those of the first one."""
+    weights = next(iter(order.deltas.values()), ())
+    if len(weights) == 2:
+        return load_blend(*weights, device)
+    return load_pipeline(weights[0] if weights else order.model, device)
+
+
 def make_drawer(order: Order, threads: int, device: str) -> Callable[[Sequence[Job]], Sequence[Job]]:
     """In a worker."""
     torch.set_num_threads(threads)
-    pipeline = load_pipeline(order.model, device)
+    pipeline = load_for(order, device)
     pipeline.set_progress_bar_config(disable=True)
     return Drawer(order, pipeline).draw
 
@@ -184,7 +193,7 @@ def settings_used(
     names = {job.subject.name for job in jobs}
     references = {name: [picture_digest(one) for one in order.cutouts[name]] for name in names}
     if order.deltas:
-        models = {name: folder_digest(order.deltas[name]) for name in names}
+        models = {name: folders_digest(order.deltas[name]) for name in names}
     else:
         models = dict.fromkeys(names, model_digest(pipeline))
     told = {name: {**common, "model": models[name], "references": references[name]} for name in names}
@@ -258,10 +267,10 @@ def model_digest(pipeline: SubjectPipeline) -> str:
     return hashlib.sha256((weights + words).encode()).hexdigest()[:16]
 
 
-def folder_digest(folder: Path) -> str:
-    """Of a delta's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    told = [[str(path.relative_to(folder)), sha256_of(path)] for path in files]
+def folders_digest(folders: Sequence[Path]) -> str:
+    """Of the files of some deltas."""
+    files = [sorted(path for path in folder.rglob("*") if path.is_file()) for folder in folders]
+    told = [[path.name, sha256_of(path)] for of in files for path in of]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

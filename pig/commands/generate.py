@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from pig.commands.drawing import Order, Workers, draw_order
+from pig.commands.drawing import Order, Workers, draw_order, load_for
 from pig.commands.options import CuttingOut, Output, Subjects
 from pig.data.images import MANIFEST, Job, make_folder
 from pig.data.subjects import Segment, SubjectFolder, load_cutout
@@ -16,7 +16,7 @@ from pig.data.transforms import reference_picture
 from pig.errors import InputError
 from pig.methods import Source, default_device, find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
-from pig.sampling.delta import deltas_of
+from pig.sampling.delta import deltas_of, kept_steps
 
 CUTOUTS = "cutouts"  # the folder for `--save_references`
 
@@ -72,10 +72,8 @@ def generate(
     if kind.reads_references:
         saved = out if cutting_out.save_references else None
         cutouts = cut_out_all(mine, what.references_per_subject, cutting_out.make(), saved)
-    deltas = deltas_of_subjects(source, mine, what.step)
+    deltas = deltas_of_subjects(source, mine, what)
     workers = Workers(output.workers, output.executor, output.threads)
-    model = str(next(iter(deltas.values()), model))
-    pipeline = load_pipeline(model, default_device() if workers.count == 1 else "cpu")
     order = Order(
         out=out,
         model=model,
@@ -85,6 +83,7 @@ def generate(
         keep_loops=output.save_loops,
         reference_cache=output.reference_cache,
     )
+    pipeline = load_for(order, default_device() if workers.count == 1 else "cpu")
     manifest = MANIFEST if parts == 1 else f"manifest-{part}-of-{parts}.jsonl"
     draw_order(order, pipeline, jobs, batch_size=output.batch_size, manifest=manifest, workers=workers)
     if what.subjects is None:
@@ -92,14 +91,30 @@ def generate(
             print(out / job.file)
 
 
-def deltas_of_subjects(source: Source, subjects: Sequence[SubjectFolder], step: int | None) -> dict[str, Path]:
-    """Of a folder of tuned subjects: each one's own weights."""
+def deltas_of_subjects(
+    source: Source, subjects: Sequence[SubjectFolder], what: Subjects
+) -> dict[str, tuple[Path, ...]]:
+    """Of a folder of tuned subjects: each one's own weights; early and late ones where they are blended."""
+    named = {"--step": what.step, "--early": what.early, "--late": what.late}
+    fitting = () if not source.tuned else ("--early", "--late") if source.blended else ("--step",)
+    for flag, value in named.items():
+        if value is not None and flag not in fitting:
+            wanted = "a folder made by `tune`" if flag == "--step" else "--model dreamblend:FOLDER"
+            raise InputError(f"{flag} is for {wanted}")
     if not source.tuned:
-        if step is not None:
-            raise InputError("--step is for a folder made by `tune`")
         return {}
     assert source.folder is not None
-    return deltas_of(source.folder, [subject.name for subject in subjects], step)
+    names = [subject.name for subject in subjects]
+    if not source.blended:
+        return {name: (one,) for name, one in deltas_of(source.folder, names, what.step).items()}
+    steps = list(kept_steps(source.folder / names[0]))
+    early = steps[0] if what.early is None and steps else what.early
+    pairs = [deltas_of(source.folder, names, step) for step in (early, what.late)]
+    late = steps[-1] if what.late is None else what.late
+    assert early is not None
+    if early > late:
+        raise InputError(f"--early {early} is later than --late {late}: exchange them")
+    return {name: (pairs[0][name], pairs[1][name]) for name in names}
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -32,7 +32,11 @@ class Subjects:
     prompts: Path | None = None
     """For --subjects: the prompts file, by default the folder's own `prompts_and_classes.txt`."""
     step: int | None = None
-    """For a model made by `tune`: how far tuned; by default as far as there is."""
+    """For a model made by `tune`: which of the kept steps; by default the last one."""
+    early: int | None = None
+    """For `dreamblend:FOLDER`: the early checkpoint; by default the first of the kept steps."""
+    late: int | None = None
+    """For `dreamblend:FOLDER`: the late checkpoint; by default the last of the kept steps."""
     class_noun: str = ""
     """What the references show; with --subjects the classes are known."""
     references_per_subject: int | None = None

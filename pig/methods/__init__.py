@@ -10,7 +10,7 @@ On disk a model is *whole* (a diffusers pipeline folder) or a *delta* (`pig.samp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,18 +40,20 @@ if TYPE_CHECKING:
 METHODS = {
     "base": "pig.methods.base",
     "bootpig": "pig.methods.bootpig",
+    "dreamblend": "pig.methods.dreamblend",
     "dreambooth": "pig.methods.dreambooth",
     "ezigen": "pig.methods.ezigen",
     "instantbooth": "pig.methods.instantbooth",
     "ip_adapter": "pig.methods.ip_adapter",
     "textual_inversion": "pig.methods.textual_inversion",
 }
+BLEND = "dreamblend:"  # before a folder made by `tune`
 EMBEDDED = "bootpig"  # what `toyworld` stands for
 WHOLE = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
 FORMS = (
-    f"a folder made by `export` or `tune`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, or `base:NAME` for a Stable Diffusion "
-    "without references"
+    f"a folder made by `export` or `tune`, `dreamblend:FOLDER` made by `tune`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, "
+    "or `base:NAME` for a Stable Diffusion without references"
 )
 
 
@@ -71,13 +73,14 @@ def module_class(method: str) -> type[PersonalisationModule]:
 @dataclass(frozen=True)
 class Source:
     """Where a model lies, and what its small files say of it. folder: None for a base model alone. tuned: a folder of
-    several subjects' weights."""
+    several subjects' weights; blended: of which two checkpoints draw together."""
 
     method: str
     folder: Path | None
     settings: Mapping[str, Any]
     base: str | None = None
     tuned: bool = False
+    blended: bool = False
 
 
 def find_model(model: str | Path) -> Source:
@@ -91,6 +94,13 @@ def find_model(model: str | Path) -> Source:
         return Source("base", None, {}, name.removeprefix("base:"))
     if name == f"{TOYWORLD}/base":
         return Source("base", None, {}, TOYWORLD)
+    if name.startswith(BLEND):
+        inner = find_model(name.removeprefix(BLEND))
+        if not inner.tuned or inner.method != "dreambooth":
+            raise InputError(
+                f"{name}: DreamBlend draws with the checkpoints of DreamBooth: give {BLEND}FOLDER, made by `tune`"
+            )
+        return replace(inner, method="dreamblend", blended=True)
     folder = Path(name)
     if name == TOYWORLD or name.startswith(f"{TOYWORLD}/"):
         method = name.partition("/")[2] or EMBEDDED
@@ -131,10 +141,11 @@ def load_pipeline(model: str | Path, device: str | torch.device | None = None) -
     """
     source = find_model(model)
     if source.tuned:
-        example = next(iter(tuned_subjects(Path(model)).values()))
+        assert source.folder is not None
+        example = next(iter(tuned_subjects(source.folder).values()))
         raise InputError(
-            f"{model} holds several subjects: draw them by `generate --model {model} --subjects DIR`, or give one "
-            f"subject's step, such as {[*example.values()][-1]}"
+            f"{source.folder} holds several subjects: draw them by `generate --model {model} --subjects DIR`, or give "
+            f"a subject's step, such as {[*example.values()][-1]}"
         )
     if source.folder is None:
         assert source.base is not None
@@ -146,6 +157,14 @@ def load_pipeline(model: str | Path, device: str | torch.device | None = None) -
         pipeline = _load_whole(source.folder, pipeline_class(source.method))
     pipeline.set_progress_bar_config(disable=None)
     return pipeline.to(device or default_device())
+
+
+def load_blend(early: Path, late: Path, device: str | torch.device | None = None) -> SubjectPipeline:
+    """DreamBlend on two checkpoints of one tuning, as deltas."""
+    pipelines = [load_pipeline(folder, "cpu") for folder in (early, late)]
+    blend = import_module(METHODS["dreamblend"]).Pipeline.of(*pipelines)
+    blend.set_progress_bar_config(disable=None)
+    return blend.to(device or default_device())
 
 
 def load_release(file: Path, base: str) -> SubjectPipeline:

@@ -125,6 +125,11 @@ class SubjectPipeline(EncodingPipeline):
                 on_step=on_step,
             )
 
+    @property
+    def tuned_parts(self) -> tuple[SubjectPipeline, ...]:
+        """Those whose weights a subject's own take the place of."""
+        return (self,)
+
     def steps_of(self, settings: Any, *, edits: bool = False) -> int:
         """How many steps of the loop a picture takes, at most. edits: drawn into a picture that is given."""
         return settings.num_inference_steps

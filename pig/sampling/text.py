@@ -13,7 +13,6 @@ from pig.models.backbone import Backbone
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import classifier_free
 from pig.sampling.pipeline import SubjectPipeline
-from pig.sampling.settings import SamplingSettings
 
 
 class TextPipeline(SubjectPipeline):
@@ -51,7 +50,7 @@ class TextPipeline(SubjectPipeline):
         """The prompt as the text encoder shall see it. noun: the class noun; "" where nobody says."""
         return prompt
 
-    def condition(self, call: Call, settings: SamplingSettings) -> Condition:
+    def condition(self, call: Call, settings: Any) -> Any:
         nouns = zip(call.prompts, call.class_nouns, strict=True)
         text = self.encode_text([self.text_of(prompt, noun, settings) for prompt, noun in nouns])
         return Condition(
@@ -66,7 +65,7 @@ class TextPipeline(SubjectPipeline):
         t: Tensor,
         step: int,
         names: Sequence[str],
-        condition: Condition,
-        settings: SamplingSettings,
+        condition: Any,
+        settings: Any,
     ) -> Tensor:
         return self.unet(*self.stacked(latents, t, names, condition)).sample

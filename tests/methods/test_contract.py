@@ -27,7 +27,7 @@ from pig.errors import InputError
 from pig.evaluation.benchmark import evaluate
 from pig.methods import METHODS, load_module, load_pipeline, pipeline_class
 from pig.methods.dreambooth.pipeline import DreamBoothSettings
-from pig.models.backbone import SCHEDULERS
+from pig.models.backbone import SCHEDULERS, load_backbone
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.memory import memory_table
 from pig.training.module import PersonalisationModule
@@ -52,6 +52,14 @@ TUNED = ("dreambooth", "textual_inversion")
 
 def make_module(method: str) -> PersonalisationModule:
     return methods.module_class(method)("toyworld", **OPTIONS.get(method, {}))  # type: ignore[call-arg]
+
+
+def make_pipeline(method: str) -> SubjectPipeline:
+    """Untrained."""
+    if method == "dreamblend":  # early and late alike
+        settings = {"identifier": "q"}
+        return pipeline_class(method).from_backbone(load_backbone("toyworld"), base="toyworld", settings=settings)
+    return load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
 
 
 def data_of(toy_data: Path, method: str) -> PersonalisationData:
@@ -156,7 +164,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy_data, trained, tmp_path, 
 
 @pytest.mark.parametrize("method", [*METHODS, TOY])
 def test_a_seed_gives_the_same_picture_whatever_the_batch(cutouts, method) -> None:
-    pipeline = load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
+    pipeline = make_pipeline(method)
     together = draw(pipeline, PROMPTS, cutouts, num_images_per_prompt=2, generator=seeds(1, 2, 1, 2))
     alone = draw(pipeline, PROMPTS[1], cutouts, generator=seeds(2))
     torch.testing.assert_close(together[3:], alone, atol=1e-4, rtol=1e-4)
@@ -196,7 +204,7 @@ def test_without_references_diffusers_own_pipeline(cutouts, method, scheduler) -
 @pytest.mark.parametrize("method", [*METHODS, TOY])
 def test_every_sampler_may_run_twice_and_in_part(cutouts, method) -> None:
     """`denoise` begins afresh each time, whatever the sampler remembers of its last run, and counts its steps on."""
-    pipeline = load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
+    pipeline = make_pipeline(method)
     for scheduler in SCHEDULERS:
         seen: list[tuple[int, int]] = []
         given = {"num_inference_steps": 4, "scheduler": scheduler, "output_type": "latent"}
@@ -223,7 +231,7 @@ def test_every_sampler_may_run_twice_and_in_part(cutouts, method) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS, TOY])
 def test_shared_controls_reach_the_picture(cutouts, method) -> None:
-    pipeline = load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
+    pipeline = make_pipeline(method)
     usual = draw(pipeline, PROMPTS[0], cutouts, generator=seeds(1), text_guidance=3.0)
     for change in (
         {"text_guidance": 5.0},
@@ -283,7 +291,7 @@ data:
     assert module.method == TOY
 
 
-@pytest.mark.parametrize("method", [*METHODS, TOY])
+@pytest.mark.parametrize("method", ["base", *TRAINED])
 def test_generate_and_evaluate(toy_data, trained, tmp_path, method) -> None:
     model = "base:toyworld"
     if method in trained:
