@@ -51,17 +51,17 @@ def _record(maps: Maps, name: str, last: int, attn: Attention, args: Any, kwargs
     maps[name] = torch.softmax((q * attn.scale) @ k.transpose(-1, -2), dim=-1)
 
 
-def distance(maps: Mapping[str, Tensor], others: Mapping[str, Tensor], words: Tensor) -> Tensor:
+def distance(maps: Mapping[str, Tensor], others: Mapping[str, Tensor], words: Tensor, *, mean: bool = False) -> Tensor:
     """Of each sample, (B,): the squared differences of all maps, summed over layers, positions and words, the mean over
     heads.
 
-    words: (B, L) bool, those that count.
+    words: (B, L) bool, those that count. mean: over positions, too, so that fine layers count no more than coarse ones.
     """
     parts = []
     for name, one in maps.items():
         dtype = torch.promote_types(one.dtype, torch.float32)
         squared = (one.to(dtype) - others[name].to(one.device, dtype)).square() * words[:, None, None]
-        parts.append(squared.mean(1).sum((1, 2)))
+        parts.append((squared.mean((1, 2)) if mean else squared.mean(1).sum(1)).sum(1))
     return torch.stack(parts).sum(0)
 
 

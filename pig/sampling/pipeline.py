@@ -66,6 +66,10 @@ class SubjectPipeline(EncodingPipeline):
     def check_prompt(cls, prompt: str, noun: str, settings: Any) -> None:
         """Refuse a prompt that the method cannot draw for this class noun; `generate` asks before anything long."""
 
+    def text_of(self, prompt: str, noun: str, settings: Any) -> str:
+        """The prompt as the text encoder sees it. noun: the class noun; "" where it is not known."""
+        return prompt
+
     def condition(self, call: Call, settings: Any) -> Any:
         """What the steps need of prompts and references, read once per call."""
         raise NotImplementedError

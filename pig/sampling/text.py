@@ -46,10 +46,6 @@ class TextPipeline(SubjectPipeline):
     def from_backbone(cls, backbone: Backbone, *, base: str, settings: Mapping[str, Any], **options: Any) -> Self:
         return cls(**vars(backbone), base=base, settings=dict(settings), **options)
 
-    def text_of(self, prompt: str, noun: str, settings: Any) -> str:
-        """The prompt as the text encoder shall see it. noun: the class noun; "" where nobody says."""
-        return prompt
-
     def condition(self, call: Call, settings: Any) -> Any:
         nouns = zip(call.prompts, call.class_nouns, strict=True)
         text = self.encode_text([self.text_of(prompt, noun, settings) for prompt, noun in nouns])

@@ -32,6 +32,7 @@ BELOW = {
     "sd21_24gb.yaml": "configs/bootpig/sd21.yaml",
     "sd21_sharded.yaml": "configs/bootpig/sd21.yaml",
     "toyworld_weights.yaml": TOY,
+    "toyworld_regularised.yaml": "configs/dreambooth/toyworld.yaml",
     **dict.fromkeys((f"{name}.yaml" for name in ablations_instantbooth.CHANGED), "configs/instantbooth/toyworld.yaml"),
 }
 # What else of a method's configs cannot be had here: an image encoder of the hub, a token that the toy does not have.

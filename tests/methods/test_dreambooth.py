@@ -264,3 +264,24 @@ def test_pipeline_is_of_the_method(toy_data) -> None:
     assert isinstance(pipeline, DreamBoothPipeline)
     assert pipeline.unet is module.net.unet
     assert copy.deepcopy(pipeline.config.settings) == {"identifier": "q", "text_guidance": 3.0}
+
+
+def test_regularised_maps(toy_data, prior) -> None:
+    """At the base model nothing is added; behind it, the distance of the subject's maps, and of no class picture's."""
+    batch = first_batch(data_of(toy_data, prior))
+    plain, regularised = tuned(), tuned(attention_regularisation=0.7)
+    assert plain.base_unet is None
+    assert not set(regularised.trainable()) ^ set(plain.trainable())
+    for one in (plain, regularised):
+        one.eval()
+    (expected, _), (found, _) = (one.losses(batch, training=True) for one in (plain, regularised))
+    torch.testing.assert_close(found, expected)
+    (expected, _), (found, _) = (moved(one).losses(batch, training=True) for one in (plain, regularised))
+    added = (found - expected).detach()
+    assert batch.of_class == [False, True, False, True]
+    assert bool((added[::2] > 1e-4).all())
+    torch.testing.assert_close(added[1::2], torch.zeros(2), atol=1e-6, rtol=0)
+    (double, _) = moved(tuned(attention_regularisation=1.4)).losses(batch, training=True)
+    torch.testing.assert_close((double.detach() - expected.detach())[::2], 2 * added[::2], atol=1e-4, rtol=1e-3)
+    found.mean().backward()
+    assert all(one.grad is None for one in regularised.base_unet.parameters())

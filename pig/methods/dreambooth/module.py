@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 
+import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pig import diffusion
+from pig.attention.maps import Maps, distance, recording
 from pig.data.schema import Batch
 from pig.errors import check_ranges
 from pig.methods.dreambooth.network import DreamBoothNet
@@ -33,6 +37,9 @@ class DreamBooth(TunedModule):
         lr_text_encoder: at rate 0 it is frozen.
         prior_weight: lambda of the paper, where the data has class pictures (`data.prior`).
         lora: in the UNet; null: the whole UNet is tuned.
+        attention_regularisation: weight of the squared distance between the word maps of the tuned and the base model on
+            the same noised picture of the subject. (DreamBlend, arXiv 2411.19390, leaves open which maps and words: here
+            all of them.) It takes a second UNet in memory.
         schedule: of the learning rates: `constant`, or `cosine` to 0 at the end of the run.
         text_guidance: what the pipeline takes where none is named.
         gradient_checkpointing: less memory for about a third more time; same gradients.
@@ -52,6 +59,7 @@ class DreamBooth(TunedModule):
         lr_text_encoder: float = 0.0,
         prior_weight: float = 1.0,
         lora: Lora | None = None,
+        attention_regularisation: float = 0.0,
         schedule: Schedule = "constant",
         text_guidance: float = DreamBoothSettings.text_guidance,
         gradient_checkpointing: bool = False,
@@ -62,7 +70,8 @@ class DreamBooth(TunedModule):
     ) -> None:
         rates = {"lr": (lr, 0.0, 1.0), "lr_text_encoder": (lr_text_encoder, 0.0, 1.0)}
         check_ranges(**{f"model.{name}": limits for name, limits in rates.items()})
-        check_ranges(**{"model.prior_weight": (prior_weight, 0, 1000)})
+        weights = {"prior_weight": prior_weight, "attention_regularisation": attention_regularisation}
+        check_ranges(**{f"model.{name}": (weight, 0, 1000) for name, weight in weights.items()})
         self.own_settings = {"identifier": identifier, "text_guidance": text_guidance}
         DreamBoothSettings.given(self.own_settings, {})
         super().__init__(base, optimizer, micro_batch, save_at=save_at, save_half=save_half)
@@ -78,6 +87,8 @@ class DreamBooth(TunedModule):
                 stacklevel=2,
             )
         self.identifier, self.prior_weight = identifier, prior_weight
+        self.attention_regularisation = attention_regularisation
+        self.base_unet = copy.deepcopy(self.backbone.unet) if attention_regularisation else None
         self.net = DreamBoothNet(self.backbone.unet, lora, self.text_encoder if lr_text_encoder else None)
         self.net.train()  # `from_pretrained` leaves modules in eval mode
         if gradient_checkpointing:
@@ -92,11 +103,25 @@ class DreamBooth(TunedModule):
             caption if prior else with_identifier(caption, noun, self.identifier)
             for caption, noun, prior in zip(batch.captions, batch.objects, of_class, strict=True)
         ]
-        predicted = self.net(noised.z_t.to(self.net.unet.dtype), noised.t, self._encode(texts))
+        given = (noised.z_t.to(self.net.unet.dtype), noised.t, self._encode(texts))
+        with recording(self.net.unet, len(texts), None if self.base_unet else ()) as maps:
+            predicted = self.net(*given)
         loss = diffusion.loss_per_sample(predicted, noised.target)
+        if self.base_unet is not None:
+            loss = loss + self.attention_regularisation * self._from_base(self.base_unet, maps, given, of_class)
         if batch.of_class is not None:  # a step's mean runs over both halves
             loss = loss * loss.new_tensor([2 * self.prior_weight if prior else 2.0 for prior in of_class])
         return loss, noised.t
+
+    def _from_base(
+        self, base_unet: UNet2DConditionModel, maps: Maps, given: tuple[Tensor, ...], of_class: list[bool]
+    ) -> Tensor:
+        """The distance of the word maps from the base model's, (B,); 0 for class pictures."""
+        latents, timesteps, text = given
+        with torch.no_grad(), recording(base_unet, len(text)) as wanted:
+            base_unet(latents, timesteps, text)
+        words = ~torch.tensor(of_class, device=text.device)[:, None].expand(text.shape[:2])
+        return distance(maps, wanted, words, mean=True)
 
     def _encode(self, texts: list[str]) -> Tensor:
         if self.net.text_encoder is None:

@@ -131,12 +131,13 @@ class InstantBoothPipeline(SubjectPipeline):
     def check_prompt(cls, prompt: str, noun: str, settings: InstantBoothSettings) -> None:
         with_identifier(prompt, noun, settings.identifier)
 
+    def text_of(self, prompt: str, noun: str, settings: InstantBoothSettings) -> str:
+        return with_identifier(prompt, noun, settings.identifier)
+
     def condition(self, call: Call, settings: InstantBoothSettings) -> InstantBoothCondition:
         token = identifier_token(self.tokenizer, settings.identifier)
-        prompts = [
-            with_identifier(prompt, noun, settings.identifier)
-            for prompt, noun in zip(call.prompts, call.class_nouns, strict=True)
-        ]
+        nouns = zip(call.prompts, call.class_nouns, strict=True)
+        prompts = [self.text_of(prompt, noun, settings) for prompt, noun in nouns]
         if any(one.getchannel("A").getextrema() == (255, 255) for of in call.references for one in of):
             raise InputError(
                 "a reference without a mask: InstantBooth sees the object alone, on black. Give pictures with an alpha "
