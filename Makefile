@@ -88,12 +88,14 @@ toyworld-weights: .venv/.ready ## train the embedded models again from nothing (
 		$(if $(wildcard $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt),--ckpt_path $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt)
 	$(BIN)/python -m pig.cli export --checkpoint $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt --delta --half \
 		--out pig/toyworld/weights/bootpig
-	mkdir -p runs/toyworld/ezigen && ln -sfn $(abspath $(WEIGHTS_RUN))/data runs/toyworld/ezigen/data
-	$(BIN)/python -m pig.cli fit --config configs/ezigen/toyworld.yaml --run runs/toyworld/ezigen \
-		--data.shards 'runs/toyworld/ezigen/data/triplets/train-{000000..000007}.tar' \
-		$(if $(wildcard runs/toyworld/ezigen/fit/checkpoints/last.ckpt),--ckpt_path runs/toyworld/ezigen/fit/checkpoints/last.ckpt)
-	$(BIN)/python -m pig.cli export --checkpoint runs/toyworld/ezigen/fit/checkpoints/last.ckpt --delta --half \
-		--out pig/toyworld/weights/ezigen
+	for method in ezigen instantbooth ip_adapter; do \
+		run=runs/toyworld/$$method; last=$$run/fit/checkpoints/last.ckpt; \
+		mkdir -p $$run && ln -sfn $(abspath $(WEIGHTS_RUN))/data $$run/data; \
+		$(BIN)/python -m pig.cli fit --config configs/$$method/toyworld.yaml --run $$run \
+			--data.shards "$$run/data/triplets/train-{000000..000007}.tar" $$([ -f $$last ] && echo --ckpt_path $$last) && \
+		$(BIN)/python -m pig.cli export --checkpoint $$last --delta --half --out pig/toyworld/weights/$$method || exit 1; \
+	done
+	rm -r pig/toyworld/weights/ip_adapter/image_encoder # it is weights/clip
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

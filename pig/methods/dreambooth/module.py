@@ -37,9 +37,9 @@ class DreamBooth(TunedModule):
         lr_text_encoder: at rate 0 it is frozen.
         prior_weight: lambda of the paper, where the data has class pictures (`data.prior`).
         lora: in the UNet; null: the whole UNet is tuned.
-        attention_regularisation: weight of the squared distance between the word maps of the tuned and the base model on
-            the same noised picture of the subject. (DreamBlend, arXiv 2411.19390, leaves open which maps and words: here
-            all of them.) It takes a second UNet in memory.
+        attention_regularisation: weight of the squared distance between the word maps of the tuned and the base model,
+            on the same noised picture of the subject. (DreamBlend, arXiv 2411.19390, leaves open which maps and words:
+            here all of them.) It takes a second UNet in memory.
         schedule: of the learning rates: `constant`, or `cosine` to 0 at the end of the run.
         text_guidance: what the pipeline takes where none is named.
         gradient_checkpointing: less memory for about a third more time; same gradients.
