@@ -20,6 +20,7 @@ from pig.errors import InputError, check_named
 from pig.models.backbone import encode_images, encode_text, encoders_digest, half_is_fast, inputs_told, load_backbone
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.checkpoints import WholeCheckpoints
+from pig.training.compiled import compile_blocks
 from pig.training.optimizers import OptimizerName, Schedule, adamw, lay_out
 from pig.training.step import MicroBatchedModule
 
@@ -66,6 +67,15 @@ class PersonalisationModule(MicroBatchedModule):
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.train_timesteps = len(alphas_cumprod)
         self._empty_text: Tensor | None = None
+
+    def arrange(self, *, gradient_checkpointing: bool, compile: bool) -> None:
+        """Make `self.net` ready for training; see `compile_blocks`."""
+        self.net.train()  # `from_pretrained` leaves modules in eval mode
+        network: Any = self.net
+        if gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if compile:
+            compile_blocks(network, leave_out=getattr(network, "interrupted_blocks", list)())
 
     def pipeline(self) -> SubjectPipeline:
         """The sampling pipeline on this module's own parts: not copied, not rebuilt."""

@@ -26,14 +26,15 @@ def delta(tmp_path_factory) -> Path:
 
 
 def test_names() -> None:
-    for name, method in {"toyworld": "bootpig", "toyworld/bootpig": "bootpig", "toyworld/base": "base"}.items():
+    embedded_ones = ("base", "bootpig", "ezigen", "instantbooth", "ip_adapter")
+    for name, method in {"toyworld": "bootpig", **{f"toyworld/{one}": one for one in embedded_ones}}.items():
         assert find_model(name).method == method
     assert find_model("base:some/hub-id").base == "some/hub-id"
     assert find_model("toyworld").settings["text_guidance"] == 1.5
     assert load_pipeline("toyworld/base", "cpu").method == "base"
     with pytest.raises(InputError, match=r"no embedded model 'toyworld/nothing'; there are: base, bootpig"):
         find_model("toyworld/nothing")
-    with pytest.raises(InputError, match="is no model: give a folder made by `export`, `toyworld`"):
+    with pytest.raises(InputError, match="is no model: give a folder made by `export` or `tune`"):
         find_model("nowhere")
 
 

@@ -23,8 +23,10 @@ from data_gen.toyworld import draw_triplets
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.errors import InputError
+from pig.methods import module_class
 from pig.methods.bootpig import BootPIG
 from pig.training.callbacks import ProgressBar
+from pig.training.compiled import compile_blocks
 from pig.training.memory import memory_table
 from pig.training.optimizers import adamw, lay_out
 
@@ -317,7 +319,7 @@ def test_compiled_blocks_change_nothing_and_are_compiled_once(inputs, monkeypatc
     plain_net, net = tiny_two_unet(), tiny_two_unet()
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, **how, backend="eager"))
-    net.compile_blocks()
+    compile_blocks(net, leave_out=net.interrupted_blocks())
     counted = torch._dynamo.utils.counters["stats"]
 
     def gradients(net: Any, kept: torch.Tensor) -> Gradients:
@@ -334,3 +336,22 @@ def test_compiled_blocks_change_nothing_and_are_compiled_once(inputs, monkeypatc
         graphs.append(counted["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[1] == graphs[2] == graphs[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ezigen", "instantbooth", "ip_adapter", "dreambooth"])
+def test_a_compiled_step_is_the_plain_one(toy_data, monkeypatch, method) -> None:
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, **how, backend="eager"))
+    counted = torch._dynamo.utils.counters["stats"]
+    counted.clear()
+    told = {"identifier": "q"} if method in ("instantbooth", "dreambooth") else {}
+    batch = next(iter(TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64).train_dataloader()))
+    found = []
+    for compiled in (False, True):
+        module = module_class(method)("toyworld", **told, compile=compiled)
+        loss, _ = module.losses(batch, training=True)
+        loss.mean().backward()
+        found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert counted["unique_graphs"] > 0
+    check(*found, rtol=1e-4)

@@ -81,11 +81,7 @@ class BootPIG(PersonalisationModule):
             pooling=pooling,
             reference_key_scale=reference_key_scale,
         )
-        self.net.train()  # `from_pretrained` leaves modules in eval mode
-        if gradient_checkpointing:
-            self.net.enable_gradient_checkpointing()
-        if compile:
-            self.net.compile_blocks()
+        self.arrange(gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.dropout = {"reference": reference_dropout, "caption": caption_dropout}
         self.reference_timestep, self.reference_caption = reference_timestep, reference_caption
         self.train_only({"reference_unet": lr_reference, "rsa": lr_rsa}, schedule)

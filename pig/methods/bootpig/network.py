@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pig.attention.install import self_attention_layers
@@ -129,17 +126,9 @@ class TwoUNet(nn.Module):
             },
         }
 
-    def compile_blocks(self) -> None:
-        """Compile the repeated blocks, each for itself, which takes minutes less than all at once.
-
-        The Reference UNet's batch varies with the references dropped, so sizes stay symbolic.
-        """
-        # Dynamo counts per function: all layers share one, and batches of 0 and of 1 samples compile it once more.
-        torch._dynamo.config.recompile_limit = 128
-        last = self.reference_unet.get_submodule(last_block(self.reference_unet))
-        for module in self.modules():
-            if isinstance(module, ResnetBlock2D | BasicTransformerBlock) and module is not last:
-                module.compile(dynamic=True)
+    def interrupted_blocks(self) -> list[nn.Module]:
+        """Those in which a pass ends."""
+        return [self.reference_unet.get_submodule(last_block(self.reference_unet))]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: same loss and gradients, less memory, more time."""

@@ -35,6 +35,9 @@ class DreamBoothNet(nn.Module):
             groups["text_encoder"] = {f"text_encoder.{name}": one for name, one in self.text_encoder.named_parameters()}
         return groups
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.unet.enable_gradient_checkpointing()
+
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """The prediction, (B, 4, h, w), for latents of this shape, timesteps (B,) and text (B, L, D)."""
         return self.unet(latents, timesteps, text).sample

@@ -28,6 +28,7 @@ class EZIGen(PersonalisationModule):
         double_residual: the authors' release adds LayerNorm(h) a second time; see `ReferenceAdapter`.
         text_guidance, image_guidance, loops: what the pipeline takes where none is named.
         gradient_checkpointing: less memory for about a third more time; same gradients.
+        compile: the UNet's repeated blocks by `torch.compile`: minutes at the start, for GPUs.
         optimizer, micro_batch: see `PersonalisationModule`.
     """
 
@@ -48,6 +49,7 @@ class EZIGen(PersonalisationModule):
         image_guidance: float = EZIGenSettings.image_guidance,
         loops: int | None = EZIGenSettings.loops,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         optimizer: OptimizerName = "adamw",
         micro_batch: int | None = None,
     ) -> None:
@@ -63,9 +65,7 @@ class EZIGen(PersonalisationModule):
             )
         self.save_hyperparameters()
         self.net = EZIGenNet(self.backbone.unet, double_residual=double_residual)
-        self.net.train()  # `from_pretrained` leaves modules in eval mode
-        if gradient_checkpointing:
-            self.net.enable_gradient_checkpointing()
+        self.arrange(gradient_checkpointing=gradient_checkpointing, compile=compile)
         self.dropout = {"reference": reference_dropout, "caption": caption_dropout}
         self.reference_timestep = reference_timestep
         self.train_only({"adapters": lr}, schedule)

@@ -16,7 +16,7 @@ from pig.attention.adapters import (
     install_adapters,
 )
 from pig.attention.install import transformer_blocks
-from pig.attention.reading import install_reading, read_features
+from pig.attention.reading import install_reading, last_block, read_features
 from pig.attention.reference import References
 from pig.models.weights import like
 
@@ -121,6 +121,10 @@ class EZIGenNet(nn.Module):
         else:
             context = References(references, kept)
         return self.unet(latents, timesteps, text, cross_attention_kwargs=adapter_arguments(context)).sample
+
+    def interrupted_blocks(self) -> list[nn.Module]:
+        """Those in which a pass ends: the reading's."""
+        return [self.unet.get_submodule(last_block(self.unet))]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass. (The reading pass needs none: it has no gradient.)"""
