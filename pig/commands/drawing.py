@@ -35,8 +35,8 @@ console = Console()
 
 @dataclass(frozen=True)
 class Workers:
-    """Who draws. count 1: this process, with the pipeline at hand; else so many processes (or Ray's actors), which
-    load `model`, as `load_pipeline` takes it. threads: of each."""
+    """How many processes draw. count 1: this process, with its own pipeline; else so many processes (or Ray's actors),
+    each of which loads the order's. threads: CPU threads of each."""
 
     count: int = 1
     executor: ExecutorName = "local"
@@ -108,7 +108,7 @@ def load_for(order: Order, device: str) -> SubjectPipeline:
 
 
 def make_drawer(order: Order, threads: int, device: str) -> Callable[[Sequence[Job]], Sequence[Job]]:
-    """In a worker."""
+    """Called in each worker: loads the order's pipeline and returns its draw function."""
     torch.set_num_threads(threads)
     pipeline = load_for(order, device)
     pipeline.set_progress_bar_config(disable=True)
@@ -145,9 +145,9 @@ def draw_order(
     manifest: str = MANIFEST,
     workers: Workers = HERE,
 ) -> None:
-    """Draw the images that `order.out` does not have yet; loops of finished images are not drawn again.
+    """Draw the images that `order.out` does not have yet. (One that is there is left out, even if its loops are not.)
 
-    pipeline: of the order's model.
+    pipeline: the order's model, loaded.
 
     Raises:
         InputError: the folder holds images of other settings, another model or other references.

@@ -1,4 +1,4 @@
-"""`tune`: a method that is tuned on one subject, on all subjects of a folder, by this machine or many."""
+"""`tune`: runs a per-subject method for every subject of a folder, on one machine or several."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TuneCLI(CLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--subjects", required=True, help="a folder of subjects in DreamBooth's layout")
-        parser.add_argument("--out", required=True, help="for OUT/SUBJECT/step-000250/: what is finished stays")
+        parser.add_argument("--out", required=True, help="receives SUBJECT/step-000250/; finished subjects are kept")
         parser.add_argument("--shard", default="0/1", help="I/N: tune the I-th of N equal parts (I from 0)")
         parser.add_argument(
             "--executor", type=ExecutorName, default="local", help="processes here, or Ray at RAY_ADDRESS"
@@ -93,9 +93,10 @@ class Job:
 
 
 def tune(args: Sequence[str]) -> None:
-    """
+    """Tune all subjects that are not finished.
+
     Raises:
-        InputError: before any work, what the arguments get wrong; or, when all else is done, which subjects failed.
+        InputError: before any work for wrong arguments; at the end with the subjects that failed.
     """
     quiet_lightning()
     told = TuneCLI(args, built=False)
@@ -218,7 +219,7 @@ def progress_of(job: Job) -> int:
 
 
 def quiet_lightning() -> None:
-    """Its notes are about one training."""
+    """Its notes would repeat for every subject."""
     hush()
     sys.argv[1:] = []  # which it would compare with the arguments that it is given
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -232,8 +233,8 @@ def make_tuner(threads: int, cwd: str, device: str) -> Callable[[Job], tuple[str
 
 
 def tune_one(device: str, job: Job) -> tuple[str, str]:
-    """Tune a subject from its last checkpoint on; its name, and why it failed, if it did. A failure is no end for the
-    other subjects."""
+    """Tune a subject from its last checkpoint on; its name, and why it failed, if it did. Other subjects continue if
+    this one fails."""
     quiet_lightning()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

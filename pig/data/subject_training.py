@@ -32,9 +32,9 @@ class ClassPictures:
     They are drawn once, and kept for all subjects of the class.
 
     Attributes:
-        folder: for the pictures, `CLASS/000.png`.
-        count: of each class.
-        steps: of the sampler.
+        folder: where the pictures are kept, as `CLASS/000.png`.
+        count: pictures of each class.
+        steps: sampling steps of each picture.
     """
 
     folder: str
@@ -56,10 +56,10 @@ def class_prompt(noun: str) -> str:
 
 
 class SubjectDataset(IterableDataset[Batch]):
-    """Batches without end: each pass over the pictures, of subject and class alike, is in an order of its own.
+    """1,000 batches an epoch. Subject pictures and class pictures are shuffled anew at each pass over them.
 
     Args:
-        batch_size: pictures of the subject in a step; with class pictures as many of those come on top.
+        batch_size: pictures of the subject in a step; if there are class pictures, a step has as many of them besides.
         rank, world_size: of the process; each takes its share of a step.
     """
 
@@ -144,8 +144,8 @@ class SubjectDataModule(PersonalisationData):
         subject: its folder, which holds the pictures.
         resolution: side of the pictures in pixels; they are cropped around their centre.
         class_noun: what they show, such as `dog`; by default what the `prompts_and_classes.txt` beside the folder says.
-        batch_size: pictures of the subject in a step, over all processes; with `prior` as many class pictures come on
-            top.
+        batch_size: pictures of the subject in a step, over all processes; with `prior`, a step has as many class
+            pictures besides.
         prior: pictures of the class, for prior preservation; null: none.
         seed: of order, noise and timesteps; by default `seed_everything`.
     """

@@ -26,12 +26,12 @@ ADAPTER = "default"
 
 @dataclass
 class Lora:
-    """W + alpha / rank B A in place of the weights W of linear layers, of which A and B are trained.
+    """The weights W of linear layers become W + (alpha / rank) B A; only A and B are trained.
 
     Attributes:
         rank: of A and B.
-        alpha: of the product; it is divided by the rank.
-        targets: the linear layers, by the end of their names; by default the products of both attentions.
+        alpha: scale of the product B A.
+        targets: how the layers' names end; by default all projections of self- and cross-attention.
     """
 
     rank: int = 4
@@ -46,7 +46,7 @@ class Lora:
 
 
 def add_lora(unet: UNet2DConditionModel, lora: Lora) -> None:
-    """A starts at random (the same in every run), B at 0: the UNet stays what it is.
+    """Add a LoRA to the UNet. A starts at random (the same in every run), B at 0, so the output is the same at first.
 
     Raises:
         InputError: the UNet has no layer of such a name.
@@ -70,7 +70,7 @@ def lora_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 
 
 def name_in_file(name: str) -> str:
-    """Of one of the `lora_parameters`, with what stands before it: without the adapter's name."""
+    """A parameter's name as LoRA files have it, without `.default`; any prefix stays."""
     return name.replace(f".{ADAPTER}.", ".")
 
 
@@ -91,7 +91,7 @@ def save_lora(folder: Path, tensors: Mapping[str, Tensor], unet: UNet2DCondition
     """As `StableDiffusionPipeline.load_lora_weights` reads it, with rank and alpha in its header: without them, an
     alpha other than the rank would be lost.
 
-    tensors: by `unet.` and the `name_in_file`.
+    tensors: their keys are `unet.` and the `name_in_file`.
     """
     StableDiffusionPipeline.save_lora_weights(
         folder,

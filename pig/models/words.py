@@ -32,7 +32,7 @@ class LearnedWord(nn.Module):
 
 
 def add_word(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, token: str) -> tuple[CLIPTokenizer, LearnedWord]:
-    """A copy of the tokenizer that knows the token, and the text encoder's embeddings with one for it.
+    """Add a word to the text encoder, in place: a copy of the tokenizer that knows it, and the new embedding layer.
 
     Raises:
         InputError: the vocabulary has this token already, or it is no such word as `<my-mug>`.

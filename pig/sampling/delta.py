@@ -58,10 +58,10 @@ def load_weights(pipeline: SubjectPipeline, folder: Path) -> None:
 def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False, origin: str | None = None) -> None:
     """Write what the pipeline's method has trained, and no more: the rest is the base model's.
 
-    half: in float16. origin: the base model's digest, where it is known that the frozen weights are that model's.
+    half: in float16. origin: the base model's digest; given only if the frozen weights are unchanged, it spares the check.
 
     Raises:
-        InputError: it is not known from which base model it was made, or its frozen weights are not that model's.
+        InputError: the pipeline's base model is unknown, or its frozen weights are not that model's.
     """
     base = pipeline.config.base
     if base is None or not dict(pipeline.trained_weights()):
@@ -99,7 +99,7 @@ def _frozen(pipeline: SubjectPipeline) -> dict[str, Tensor]:
 
 
 def told_of(pipeline: SubjectPipeline) -> str:
-    """What of a base model stands beside its weights."""
+    """The settings of a base model other than its weights: noise schedule, VAE scaling, vocabulary."""
     return base_settings(pipeline.vae, pipeline.scheduler, pipeline.tokenizer)
 
 
@@ -119,7 +119,7 @@ def kept_steps(subject: Path) -> dict[int, Path]:
 
 
 def tuned_subjects(folder: Path) -> dict[str, dict[int, Path]]:
-    """Subject -> its kept steps, of a folder of tuned subjects; empty where it is none."""
+    """Subject -> its kept steps; empty if the folder holds no tuned subjects."""
     found = {path.name: kept_steps(path) for path in sorted(folder.iterdir())} if folder.is_dir() else {}
     return {name: steps for name, steps in found.items() if steps}
 

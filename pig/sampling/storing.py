@@ -1,4 +1,4 @@
-"""What of a pipeline goes to disk, whole or as a delta: a base class of all pipelines."""
+"""A base class of all pipelines: writes a model to disk, whole or as a delta."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StoredPipeline(DiffusionPipeline):
                 yield self.name_in_delta(name), parameter
 
     def name_in_delta(self, name: str) -> str:
-        """Of the network's own name; by default as a module's checkpoints have it."""
+        """The key in the delta's file of a parameter with this name in the network; by default its key in a checkpoint."""
         return f"net.{name}"
 
     def write_delta(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -60,7 +60,7 @@ class StoredPipeline(DiffusionPipeline):
         return {}
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """diffusers' own, which method the folder is of, and what is kept apart."""
+        """Write the diffusers folder, the method's name beside it and, if `kept_apart`, the trained weights."""
         with self.base_parts():
             super().save_pretrained(save_directory, *args, **kwargs)
         if self.kept_apart:

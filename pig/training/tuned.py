@@ -1,4 +1,4 @@
-"""What the methods share that are tuned on the pictures of one subject."""
+"""The shared base of the methods that are tuned on one subject."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from pig.sampling.text import TextPipeline
 from pig.training.module import PersonalisationModule
 from pig.training.optimizers import OptimizerName
 
-TOLD = "class.json"  # beside the class pictures: by what they were drawn
+TOLD = "class.json"  # beside the class pictures: the settings that they were drawn with
 TOGETHER = 8  # class pictures that are drawn at a time; a fixed number, since a picture's rounding depends on it
 
 
 class TunedModule(PersonalisationModule):
     """Base of the modules that are tuned on one subject (`SubjectDataModule`).
 
-    The frozen parts see the same few pictures and texts all the time, so each is encoded once, before the first step,
-    by itself: what others stand beside it in a batch changes no bit.
+    Each picture is encoded once, before the first step; a text at its first use, where the text encoder is frozen. Each
+    is encoded alone, so its encoding does not depend on the rest of a batch.
 
-    The model is kept as it is after some of the steps, a delta each, in `default_root_dir` of the
-    trainer: `step-000250/`. The last one always is.
+    The trained weights are saved as a delta at some of the steps, and always at the last one: `step-000250/` in the
+    trainer's `default_root_dir`.
 
     Args:
         base, optimizer, micro_batch: see `PersonalisationModule`.
-        save_at: the steps at which the model is kept. save_half: in float16, half the space; the pictures differ by
+        save_at: the steps at which the weights are saved. save_half: in float16, half the space; the pictures differ by
             rounding.
     """
 
@@ -83,7 +83,7 @@ class TunedModule(PersonalisationModule):
             self._latents[key] = encode_images(self.vae, pixels).float()
 
     def kept_steps(self, trainer: Trainer) -> list[int]:
-        """All that a run keeps.
+        """The steps at which a run saves its weights.
 
         Raises:
             InputError: one of them lies behind the run's end.
@@ -163,7 +163,7 @@ def draw_class_pictures(
 
 
 def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any], base: str) -> None:
-    """Refuse pictures that were drawn otherwise; note how they are drawn where none is."""
+    """Refuse a folder whose pictures were drawn with other settings; note the settings in an empty one."""
     if told is None:
         if any(folder.glob("*.png")):
             raise InputError(f"{folder} holds pictures, but no {TOLD}: give another data.prior.folder, or empty it")
@@ -179,7 +179,7 @@ def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any],
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here."""
+    """Hold an exclusive lock on the folder."""
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -97,6 +97,8 @@ class TextualInversion(TunedModule):
         super().setup(stage)
         data = self.trainer.datamodule
         if stage == "fit" and isinstance(data, SubjectDataModule):
+            if data.prior is not None:
+                raise InputError("Textual Inversion has no class pictures: leave data.prior out")
             start = embedding_of(self.net.tokenizer, self.net.word.words, data.subject.class_noun)
             with torch.no_grad():
                 self.net.word.embedding.copy_(start)  # a checkpoint's comes later
