@@ -58,7 +58,7 @@ def load_weights(pipeline: SubjectPipeline, folder: Path) -> None:
 def save_delta(pipeline: SubjectPipeline, folder: Path, *, half: bool = False, origin: str | None = None) -> None:
     """Write what the pipeline's method has trained, and no more: the rest is the base model's.
 
-    half: in float16. origin: the base model's digest; given only if the frozen weights are unchanged, it spares the check.
+    half: in float16. origin: the base model's digest; given only if the frozen weights are unchanged: no check then.
 
     Raises:
         InputError: the pipeline's base model is unknown, or its frozen weights are not that model's.

@@ -38,7 +38,7 @@ class StoredPipeline(DiffusionPipeline):
                 yield self.name_in_delta(name), parameter
 
     def name_in_delta(self, name: str) -> str:
-        """The key in the delta's file of a parameter with this name in the network; by default its key in a checkpoint."""
+        """The key in the delta's file of the network's parameter of this name; by default its key in a checkpoint."""
         return f"net.{name}"
 
     def write_delta(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
