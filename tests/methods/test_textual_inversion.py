@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pig import diffusion
-from pig.data.subject_training import SubjectDataModule
+from pig.data.subject_training import ClassPictures, SubjectDataModule
 from pig.errors import InputError
 from pig.methods import load_pipeline
 from pig.methods.textual_inversion.module import TEMPLATES, TextualInversion
@@ -105,7 +105,11 @@ def test_plain_diffusers_draws_the_same_pixels(trained, tmp_path) -> None:
     assert torch.equal(draw(pipeline, "a photo of a <subject>, on a beach"), expected)  # saving has left it as it was
 
 
-def test_bad_input() -> None:
+def test_bad_input(toy_data, tmp_path) -> None:
+    prior = ClassPictures(str(tmp_path), count=1)
+    data = SubjectDataModule(str(toy_data / "subjects/mug_006"), resolution=64, prior=prior)
+    with pytest.raises(InputError, match="has no class pictures"):
+        Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET).fit(TextualInversion("toyworld"), data)
     for told, message in (
         ({"token": "subject"}, "a word in angle brackets"),
         ({"token": "<|endoftext|>"}, "a word in angle brackets"),
