@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from pig.errors import InputError, find_input_error
+from pig.errors import InputError, WorkerDiedError, find_input_error
 
 PR_SET_PDEATHSIG = 1
 
@@ -78,6 +78,9 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except Exception as error:
+        if isinstance(error, WorkerDiedError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         mistake = find_input_error(error)
         if mistake is None:
             raise

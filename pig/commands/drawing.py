@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,8 +108,9 @@ def load_for(order: Order, device: str) -> SubjectPipeline:
     return load_pipeline(weights[0] if weights else order.model, device)
 
 
-def make_drawer(order: Order, threads: int, device: str) -> Callable[[Sequence[Job]], Sequence[Job]]:
+def make_drawer(order: Order, threads: int, cwd: str, device: str) -> Callable[[Sequence[Job]], Sequence[Job]]:
     """Called in each worker: loads the order's pipeline and returns its draw function."""
+    os.chdir(cwd)  # models may be named relative to it
     torch.set_num_threads(threads)
     pipeline = load_for(order, device)
     pipeline.set_progress_bar_config(disable=True)
@@ -167,7 +169,7 @@ def draw_order(
     try:
         if workers.count > 1:
             console.print(f"{len(todo)} images by {workers.count} workers")
-            make = partial(make_drawer, replace(order, out=out.absolute()), workers.threads)
+            make = partial(make_drawer, replace(order, out=out.absolute()), workers.threads, os.getcwd())
             how: Any = {"executor": workers.executor, "workers": workers.count, "threads": workers.threads}
             drawn: Iterable[Sequence[Job]] = filter(None, execute(make, batches, **how))
         else:

@@ -26,16 +26,17 @@ from rich.live import Live
 from pig.commands.fit import CLI, hush
 from pig.commands.generate import parse_shard
 from pig.data.images import make_folder
-from pig.data.subject_training import SubjectDataModule
+from pig.data.subject_training import SubjectDataModule, digest_of
 from pig.data.subjects import SubjectFolder, read_subjects
-from pig.errors import InputError, find_input_error
+from pig.errors import InputError, WorkerDiedError, find_input_error
 from pig.executors import ExecutorName, execute
 from pig.files import read_json, write_text
 from pig.sampling.delta import kept_steps
 from pig.training.checkpoints import load_checkpoint
+from pig.training.memory import print_memory
 from pig.training.tuned import TunedModule
 
-EXPERIMENT, PROGRESS = "tune.json", "progress.json"
+EXPERIMENT, PROGRESS, RUNNING = "tune.json", "progress.json", "running"
 OWN = ("subjects", "out", "shard", "executor", "workers", "threads")
 # What differs from subject to subject, or says where the work is done.
 PLACE = (*OWN, "config", "run", "print_memory")
@@ -103,6 +104,9 @@ def tune(args: Sequence[str]) -> None:
     config = told.config
     if not config.data.class_path.endswith(SubjectDataModule.__name__):
         raise InputError("tune is for methods that are tuned on one subject: its config's data is a SubjectDataModule")
+    for name in ("subject", "class_noun"):
+        if config.data.init_args[name]:
+            raise InputError(f"--data.{name} is for `fit`: `tune` takes all subjects of --subjects")
     part, parts = parse_shard(config.shard)
     if config.workers < 1 or config.threads < 1:
         raise InputError("--workers and --threads must be at least 1")
@@ -111,21 +115,44 @@ def tune(args: Sequence[str]) -> None:
     subjects = subjects[len(subjects) * part // parts : len(subjects) * (part + 1) // parts]
     for one in subjects:
         SubjectDataModule(str(folder_of(one)), class_noun=one.class_noun, resolution=8)  # says what is wrong with it
+    pictures = {one.name: one.images for one in subjects}
     jobs = [
         Job(one.name, folder_of(one).absolute(), one.class_noun, (out / one.name).absolute(), rest) for one in subjects
     ]
+    if not jobs:
+        console.print(f"no subject is in part {config.shard}")
+        return
     wanted = check(jobs)
     make_folder(out)
     claim(out, told.experiment())
+    for job in jobs:
+        make_folder(job.out)
+        claim(job.out, {"class_noun": job.class_noun, "pictures": digest_of(pictures[job.name])})
     todo = [job for job in jobs if not wanted <= kept_steps(job.out).keys()]
     steps = max(wanted)
+    for job in jobs:
+        if job not in todo:
+            shutil.rmtree(job.work / "checkpoints", ignore_errors=True)
+        for mark in (PROGRESS, RUNNING):
+            (job.work / mark).unlink(missing_ok=True)
     console.print(
         f"{len(jobs)} subjects, {len(jobs) - len(todo)} finished already; {steps} steps for each of the others, "
         f"{config.workers} at a time"
     )
     how: Any = {"executor": config.executor, "workers": config.workers, "threads": config.threads}
-    make = partial(make_tuner, config.threads, os.getcwd())
-    failed = follow(todo, steps, execute(make, todo, **how)) if todo else {}
+    make = partial(make_tuner, config.threads, os.getcwd(), wanted)
+    failed: dict[str, str] = {}
+    while todo:
+        try:
+            failed |= follow(todo, steps, execute(make, todo, **how))
+            break
+        except WorkerDiedError as error:
+            # Whose worker it was, is marked; the others go on.
+            lost = [job for job in todo if (job.work / RUNNING).is_file()]
+            if not lost:
+                raise
+            failed |= {job.name: str(error) for job in lost}
+            todo = [job for job in todo if job not in lost and not wanted <= kept_steps(job.out).keys()]
     if failed:
         raise InputError("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
@@ -149,6 +176,9 @@ def check(jobs: Sequence[Job]) -> set[int]:
     """The steps that are kept of each subject; model and data are made once, so that mistakes are said now."""
     cli = jobs[0].cli()
     assert isinstance(cli.model, TunedModule)
+    cli.model.check(cli.trainer, cli.datamodule)
+    if cli.config.print_memory:
+        print_memory(cli.model, cli.datamodule, cli.trainer)
     return set(cli.model.kept_steps(cli.trainer))
 
 
@@ -163,8 +193,8 @@ def claim(out: Path, experiment: Mapping[str, Any]) -> None:
     other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if other:
         raise InputError(
-            f"{out} was tuned with {other[0]}={then.get(other[0])!r}, now it is {now.get(other[0])!r}: give another "
-            "--out, or the same config"
+            f"{out} was begun with {other[0]}={then.get(other[0])!r}, now it is {now.get(other[0])!r}: give another "
+            "--out, or the same config and pictures"
         )
 
 
@@ -183,7 +213,6 @@ def follow(jobs: Sequence[Job], steps: int, done: Iterator[Any]) -> dict[str, st
     """Show the progress over all subjects until they are done; why some failed."""
     failed: dict[str, str] = {}
     finished: set[str] = set()
-    before = {job.name: progress_of(job) for job in jobs}
     began = told = time.perf_counter()
     with Live(console=console, refresh_per_second=2, transient=not console.is_terminal) as live:
         for result in done:
@@ -192,8 +221,9 @@ def follow(jobs: Sequence[Job], steps: int, done: Iterator[Any]) -> dict[str, st
                 finished.add(name)
                 if why:
                     failed[name] = why
-            each = {job.name: steps if job.name in finished else progress_of(job) for job in jobs}
-            fresh = sum(each.values()) - sum(before.values())
+            noted = {job.name: progress_of(job) for job in jobs}
+            each = {name: steps if name in finished else step for name, (step, _) in noted.items()}
+            fresh = sum(each[name] - since for name, (_, since) in noted.items())
             seconds = time.perf_counter() - began
             left = (steps * len(jobs) - sum(each.values())) * seconds / fresh if fresh else None
             line = (
@@ -209,10 +239,12 @@ def follow(jobs: Sequence[Job], steps: int, done: Iterator[Any]) -> dict[str, st
     return failed
 
 
-def progress_of(job: Job) -> int:
+def progress_of(job: Job) -> tuple[int, int]:
+    """The step, and the one that this run has begun at."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return int(json.loads((job.work / PROGRESS).read_text(encoding="utf-8"))["step"])
-    return 0
+        told = json.loads((job.work / PROGRESS).read_text(encoding="utf-8"))
+        return int(told["step"]), int(told["since"])
+    return 0, 0
 
 
 # -- in a worker ------------------------------------------------------------------------------------------------------
@@ -226,16 +258,18 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def make_tuner(threads: int, cwd: str, device: str) -> Callable[[Job], tuple[str, str]]:
+def make_tuner(threads: int, cwd: str, wanted: set[int], device: str) -> Callable[[Job], tuple[str, str]]:
     os.chdir(cwd)  # configs name folders relative to it
     torch.set_num_threads(threads)
-    return partial(tune_one, device)
+    return partial(tune_one, device, wanted)
 
 
-def tune_one(device: str, job: Job) -> tuple[str, str]:
+def tune_one(device: str, wanted: set[int], job: Job) -> tuple[str, str]:
     """Tune a subject from its last checkpoint on; its name, and why it failed, if it did. Other subjects continue if
     this one fails."""
     quiet_lightning()
+    make_folder(job.work)
+    (job.work / RUNNING).touch()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             place = [] if device == "cpu" else ["--trainer.accelerator=gpu", f"--trainer.devices=[{gpu_of(device)}]"]
@@ -251,10 +285,13 @@ def tune_one(device: str, job: Job) -> tuple[str, str]:
     except Exception as error:
         mistake = find_input_error(error)
         if mistake is None:
-            make_folder(job.work)
             write_text(job.work / "error.txt", traceback.format_exc())
             return job.name, f"{error} (see {job.work / 'error.txt'})"
         return job.name, str(mistake)
+    finally:
+        (job.work / RUNNING).unlink()
+    if missing := wanted - kept_steps(job.out).keys():
+        return job.name, f"the steps {sorted(missing)} are not there: delete {job.out} and tune it again"
     shutil.rmtree(job.work / "checkpoints", ignore_errors=True)  # as large as model and optimizer together
     return job.name, ""
 
@@ -267,12 +304,14 @@ class Progress(Callback):
     """Writes the step into a file, where whoever waits can read it."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.since = file, 0.0
+        self.file, self.begun, self.told = file, 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.perf_counter() - self.since > 0.5 and trainer.is_global_zero:
-            self.since = time.perf_counter()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps({"step": trainer.global_step}))
+        if time.perf_counter() - self.told > 0.5 and trainer.is_global_zero:
+            self.told = time.perf_counter()
+            write_text(self.file, json.dumps({"step": trainer.global_step, "since": self.begun}))

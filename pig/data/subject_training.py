@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 from pig.data.loading import ResumableLoader
 from pig.data.modules import PersonalisationData, seed_of_run
 from pig.data.schema import Batch
+from pig.data.shards import sha256_of
 from pig.data.subjects import SubjectFolder, read_subject
 from pig.data.transforms import load_image, target_picture
 from pig.errors import InputError, check_ranges
@@ -53,6 +54,12 @@ class ClassPictures:
 
 def class_prompt(noun: str) -> str:
     return f"a photo of a {noun}"
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """Changes with any of the files' contents, and with their names."""
+    told = [[path.name, sha256_of(path)] for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 class SubjectDataset(IterableDataset[Batch]):
@@ -95,9 +102,9 @@ class SubjectDataset(IterableDataset[Batch]):
         self.first = epoch * EPOCH + first_batch
 
     def fingerprint(self) -> str:
-        names = [[path.name for path in files] for files in self.files.values()]
-        told = json.dumps([names, self.batch_size, self.resolution, self.seed])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        names = [path.name for path in self.files["class"]]
+        told = [digest_of(self.files["subject"]), names, self.batch_size, self.resolution, self.seed]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @cached_property
     def pictures(self) -> dict[str, Tensor]:

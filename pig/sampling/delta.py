@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pig.errors import InputError
@@ -141,6 +142,14 @@ def deltas_of(folder: Path, subjects: Sequence[str], step: int | None) -> dict[s
                 "them)"
             )
         found[name] = steps[max(steps) if step is None else step]
+        _check_file(found[name])
+    last = {name: path.name for name, path in found.items()}
+    if len(set(last.values())) > 1:
+        behind = [f"{name} ({step})" for name, step in last.items() if step < max(last.values())]
+        raise InputError(
+            f"not all subjects of {folder} are tuned equally far; behind are {', '.join(behind)}: let `tune` finish, "
+            "or give --step"
+        )
     told = {name: read_delta(path) for name, path in found.items()}
     kinds = {
         (one.method, one.base_digest, json.dumps([one.settings, one.options], sort_keys=True)) for one in told.values()
@@ -148,3 +157,16 @@ def deltas_of(folder: Path, subjects: Sequence[str], step: int | None) -> dict[s
     if len(kinds) > 1:
         raise InputError(f"{folder} holds subjects of several methods, base models or settings: tune each into its own")
     return found
+
+
+def _check_file(folder: Path) -> None:
+    """Refuse torn weights, by their header and size, without reading them."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} has lost its weights (*.safetensors): tune the subject again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} is torn ({error}): delete its folder and tune the subject again") from error

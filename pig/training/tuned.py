@@ -18,9 +18,10 @@ from torch import Tensor
 from pig.data.images import make_folder, save_picture
 from pig.data.schema import Batch
 from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
+from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.files import read_json, replacing_folder, write_text
-from pig.models.backbone import base_digest, encode_images, encode_text, load_backbone
+from pig.models.backbone import base_digest, encode_images, encode_text, half_on, load_backbone
 from pig.sampling.delta import save_delta, step_folder
 from pig.sampling.text import TextPipeline
 from pig.training.module import PersonalisationModule
@@ -59,17 +60,24 @@ class TunedModule(PersonalisationModule):
             raise InputError(f"model.save_at: steps count from 1, got {list(save_at)}")
         self.save_at, self.save_half = sorted(set(save_at)), save_half
         self._origin = ""  # the base model's digest
+        self._kept = 0  # the last step that is saved
         self._latents: dict[str, Tensor] = {}
         self._texts: dict[tuple[str, torch.device], Tensor] = {}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = self.trainer.datamodule
-        if stage == "fit" and not isinstance(data, SubjectDataModule):
-            raise InputError(f"{self.method} is tuned on one subject: set data to SubjectDataModule")
         if stage == "fit":
-            self.kept_steps(self.trainer)
+            self.check(self.trainer, self.trainer.datamodule)
             self._origin = self._origin or base_digest(load_backbone(self.base))
+
+    def check(self, trainer: Trainer, data: Any) -> None:
+        """
+        Raises:
+            InputError: the method cannot be tuned so.
+        """
+        if not isinstance(data, SubjectDataModule):
+            raise InputError(f"{self.method} is tuned on one subject: set data to SubjectDataModule")
+        self.kept_steps(trainer)
 
     def on_fit_start(self) -> None:
         data: SubjectDataModule = self.trainer.datamodule
@@ -95,14 +103,24 @@ class TunedModule(PersonalisationModule):
             raise InputError(f"model.save_at: step {self.save_at[-1]} lies behind trainer.max_steps={last}")
         return sorted({*self.save_at, last})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The delta of a step is there before its checkpoint is: a run that goes on behind it would never write it."""
+        super().on_save_checkpoint(checkpoint)
+        self._keep()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
+        self._keep()
+
+    def _keep(self) -> None:
         step = self.trainer.global_step
-        if step in self.kept_steps(self.trainer) and self.trainer.is_global_zero:
-            folder = step_folder(Path(self.trainer.default_root_dir), step)
-            make_folder(folder.parent)
-            with replacing_folder(folder) as aside:
-                save_delta(self.pipeline(), aside, half=self.save_half, origin=self._origin)
+        if step == self._kept or step not in self.kept_steps(self.trainer) or not self.trainer.is_global_zero:
+            return
+        folder = step_folder(Path(self.trainer.default_root_dir), step)
+        make_folder(folder.parent)
+        with replacing_folder(folder) as aside:
+            save_delta(self.pipeline(), aside, half=self.save_half, origin=self._origin)
+        self._kept = step
 
     def inputs_told(self) -> str:
         return f"{len(self._latents)} pictures, encoded once"
@@ -134,7 +152,7 @@ def draw_class_pictures(
     folder = wanted.of(noun)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        missing = [number for number, file in enumerate(wanted.files(noun)) if not file.is_file()]
+        missing = [number for number, file in enumerate(wanted.files(noun)) if not is_whole(file)]
         how = {"prompt": class_prompt(noun), "steps": wanted.steps, "text_guidance": settings.get("text_guidance")}
         told = read_json(folder / TOLD, "") if (folder / TOLD).is_file() else None
         if not missing and told and all(told.get(name) == value for name, value in {**how, "base": base}.items()):
@@ -147,7 +165,7 @@ def draw_class_pictures(
             return
         rank_zero_info(f"{noun}: {len(missing)} class pictures to draw, into {folder}")
         own = {name: value for name, value in settings.items() if name == "text_guidance"}
-        pipeline = TextPipeline.from_backbone(backbone, base=base, settings=own).to(device)
+        pipeline = TextPipeline.from_backbone(backbone, base=base, settings=own).to(device, half_on(device.type))
         pipeline.set_progress_bar_config(disable=True)
         for start in track(starts, f"class pictures of {noun}", transient=True):
             numbers = range(start, min(start + TOGETHER, wanted.count))
@@ -159,7 +177,17 @@ def draw_class_pictures(
                 num_inference_steps=wanted.steps,
             )
             for number, picture in zip(numbers, drawn.images, strict=True):
-                save_picture(wanted.files(noun)[number], picture)
+                if number in missing:
+                    save_picture(wanted.files(noun)[number], picture)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a picture is there and can be read."""
+    try:
+        load_image(file)
+    except InputError:
+        return False
+    return True
 
 
 def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any], base: str) -> None:

@@ -11,22 +11,28 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from conftest import generate
+from conftest import QUIET, generate
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file
 from trying import refused
 
 from pig import cli
 from pig.data.images import read_manifest
+from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import read_subjects
 from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.methods import find_model, load_pipeline
+from pig.methods.dreambooth.module import DreamBooth
 from pig.models.backbone import WEIGHTS
 from pig.sampling.delta import DELTA, kept_steps
+from pig.training import tuned as tuned_module
 
 NAMES = ("mug_006", "robot_007", "lamp_005", "vase_011")
 PROMPTS = ("a photo of a {0} {1}, on a beach", "a photo of a {0} {1}, in space")
@@ -142,12 +148,13 @@ def test_bad_input_of_tune(tuned, toy_data, tmp_path, monkeypatch, capsys) -> No
     for given, message in (
         (
             words(config, tuned / "subjects", tuned / "out", "--model.lr=1e-3"),
-            "was tuned with model.init_args.lr=0.0001",
+            "was begun with model.init_args.lr=0.0001",
         ),
         (words(config, tuned / "subjects", out, "--model.identifier=sks"), "'sks' is 3 tokens"),
         (words(config, tuned / "subjects", out, "--model.save_at=[9]"), "step 9 lies behind trainer.max_steps=4"),
         (words(config, tuned / "subjects", out, "--shard=2/2"), "--shard must be I/N"),
         (words(config, tuned / "subjects", out, "--workers=0"), "--workers and --threads"),
+        (words(config, tuned / "subjects", out, "--data.class_noun=dog"), "--data.class_noun is for `fit`"),
         (words(config, tmp_path / "none", out), "there is no subjects folder"),
         (words(config, alone, out), "holds one picture"),
         (["fit", f"--config={config}"], "which subject"),
@@ -203,6 +210,76 @@ def test_a_failed_subject_is_named_and_stops_no_other(tuned, tmp_path, monkeypat
     said = refused(monkeypatch, capsys, *words(config_in(tmp_path), tuned / "subjects", tmp_path / "out"))
     assert f"{NAMES[0]} failed: {torn} is no checkpoint, or a torn one" in said
     assert list(kept_steps(tmp_path / "out" / NAMES[1])) == [2, 4]
+
+
+def test_other_pictures_under_the_same_name_are_refused(tuned, tmp_path, monkeypatch, capsys) -> None:
+    subjects = tmp_path / "subjects"
+    shutil.copytree(tuned / "subjects", subjects)
+    first, other = (read_subjects(subjects)[at].images[0] for at in (0, 1))
+    shutil.copy(other, first)
+    said = refused(monkeypatch, capsys, *words(tuned / "tuning.yaml", subjects, tuned / "out"))
+    assert f"{NAMES[0]} was begun with pictures=" in said
+    nothing = words(tuned / "tuning.yaml", tuned / "subjects", tuned / "out", "--shard=0/5")
+    monkeypatch.setattr(sys, "argv", ["pig.cli", *nothing])
+    cli.main()
+    assert "no subject is in part 0/5" in capsys.readouterr().out
+
+
+def test_subjects_that_are_behind_or_torn_are_refused(tuned, tmp_path) -> None:
+    out, given = tmp_path / "out", {"subjects": tuned / "subjects", "images_per_prompt": 1, "steps": 1}
+    shutil.copytree(tuned / "out", out)
+    file = out / NAMES[1] / "step-000004/delta.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="delta.safetensors is torn"):
+        generate(tmp_path / "images", str(out), **given)
+    shutil.rmtree(file.parent)
+    with pytest.raises(InputError, match=rf"behind are {NAMES[1]} \(step-000002\)"):
+        generate(tmp_path / "images", str(out), **given)
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_delta_is_there_before_its_checkpoint(toy_data, tmp_path, monkeypatch) -> None:
+    """Else a run that dies between the two goes on behind the step, and never writes it."""
+    data = SubjectDataModule(str(toy_data / "subjects/mug_006"), resolution=64, seed=0)
+
+    def fit() -> None:
+        keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=0)
+        quiet = {**QUIET, "enable_checkpointing": True, "callbacks": [keep], "default_root_dir": tmp_path}
+        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="q", save_at=[2]), data)
+
+    def die(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned_module, "save_delta", die)
+        with pytest.raises(OSError, match="no space left"):
+            fit()
+    assert not list(tmp_path.glob("*.ckpt"))
+    fit()
+    assert list(kept_steps(tmp_path)) == [2, 4]
+    assert (tmp_path / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_a_lost_worker_costs_its_own_subject_only(toy_data, tmp_path) -> None:
+    subjects, out = subjects_in(tmp_path / "subjects", toy_data, 3), tmp_path / "out"
+    config = config_in(tmp_path, steps=40)
+    command = [sys.executable, "-m", "pig.cli", *words(config, subjects, out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (out / NAMES[0] / "step-000002").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert f"{NAMES[0]} failed: a worker died" in said
+    assert [40 in kept_steps(out / name) for name in NAMES[:3]] == [False, True, True]
+    run(*words(config, subjects, out))
+    assert all(40 in kept_steps(out / name) for name in NAMES[:3])
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from pig import diffusion
@@ -97,11 +99,14 @@ class TextualInversion(TunedModule):
         super().setup(stage)
         data = self.trainer.datamodule
         if stage == "fit" and isinstance(data, SubjectDataModule):
-            if data.prior is not None:
-                raise InputError("Textual Inversion has no class pictures: leave data.prior out")
             start = embedding_of(self.net.tokenizer, self.net.word.words, data.subject.class_noun)
             with torch.no_grad():
                 self.net.word.embedding.copy_(start)  # a checkpoint's comes later
+
+    def check(self, trainer: Trainer, data: Any) -> None:
+        super().check(trainer, data)
+        if data.prior is not None:
+            raise InputError("Textual Inversion has no class pictures: leave data.prior out")
 
     def losses(self, batch: Batch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Squared error of each picture, (B,), and its timestep, (B,)."""

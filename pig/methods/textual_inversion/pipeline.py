@@ -66,5 +66,10 @@ class TextualInversionPipeline(TextPipeline):
     def name_in_delta(self, name: str) -> str:
         return self.config.token
 
+    @classmethod
+    def check_prompt(cls, prompt: str, noun: str, settings: SamplingSettings) -> None:
+        if "<" not in prompt:  # which word the model has learnt is not known here
+            with_identifier(prompt, noun, TOKEN, in_place=True)
+
     def text_of(self, prompt: str, noun: str, settings: SamplingSettings) -> str:
         return with_identifier(prompt, noun, self.config.token, in_place=True)
