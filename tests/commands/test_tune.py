@@ -90,7 +90,9 @@ def tuned(toy_data, tmp_path_factory) -> Path:
     """`subjects`, `out` (two of them, tuned), `tuning.yaml`."""
     folder = tmp_path_factory.mktemp("tuned")
     subjects = subjects_in(folder / "subjects", toy_data, 2)
-    run(*words(config_in(folder), subjects, folder / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pig.cli", *words(config_in(folder), subjects, folder / "out")])
+        cli.main()
     return folder
 
 

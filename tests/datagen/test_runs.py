@@ -95,7 +95,7 @@ def test_shards_keep_the_contract(made) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    [["workers=2"], ["executor=ray", "workers=2"], pytest.param(["executor=ray", "workers=1"], marks=pytest.mark.slow)],
+    [["workers=2"], *(pytest.param(["executor=ray", f"workers={n}"], marks=pytest.mark.slow) for n in (1, 2))],
     ids=str,
 )
 def test_any_executor_gives_the_same_bytes(made, tmp_path, where, monkeypatch) -> None:
