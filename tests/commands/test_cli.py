@@ -180,6 +180,7 @@ def test_generate_refuses_bad_input(monkeypatch, capsys, tmp_path) -> None:
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_fit_export_generate_evaluate(monkeypatch, capsys, toy_data, tmp_path) -> None:
     def call(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["pig.cli", *map(str, arguments)])

@@ -205,6 +205,7 @@ def test_another_base_than_the_tuned_one(tuned, toy_data, tmp_path) -> None:
     assert find_model(out).tuned
 
 
+@pytest.mark.slow
 def test_a_failed_subject_is_named_and_stops_no_other(tuned, tmp_path, monkeypatch, capsys) -> None:
     torn = tmp_path / "out" / NAMES[0] / "fit/checkpoints/last.ckpt"
     torn.parent.mkdir(parents=True)

@@ -108,6 +108,7 @@ def test_a_phrase_that_is_never_found_is_dropped_and_counted(tmp_path) -> None:
     assert report.rejected == {"no object": 6, "dropped after all attempts": 3}
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_passes_ends_with_the_reasons(tmp_path) -> None:
     config = config_for(tmp_path, "captions.count=3", "images.steps=1", "quality.min_caption_score=0.99")
     for _ in range(2):  # started again, it says the same
