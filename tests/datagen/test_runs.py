@@ -146,6 +146,7 @@ def test_a_run_killed_twice_ends_with_the_same_shards(made, tmp_path) -> None:
     assert [tar_of(tmp_path, number).stat().st_mtime_ns for number in done] == before
 
 
+@pytest.mark.slow
 def test_a_torn_tar_is_made_again_and_finished_ones_are_not(made) -> None:
     expected, times = digests(made), [tar_of(made, number).stat().st_mtime_ns for number in range(3)]
     torn = tar_of(made, 1)

@@ -205,6 +205,7 @@ def test_moments_of_a_run_of_other_layout_are_laid_out_like_the_weights() -> Non
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_uneven_shares_and_shards_and_a_sharded_optimizer(tmp_path) -> None:
     """Both take as many steps and end; their gradients are the plain loop's on both shares together."""
     for index, count in enumerate((5, 3, 2, 7)):

@@ -79,6 +79,7 @@ class Counted(Callback):
         (self.folder / f"keys{trainer.global_rank}").write_text(json.dumps(self.keys))
 
 
+@pytest.mark.slow
 def test_2_one_list_of_shards_for_all_processes(toy_data, tmp_path, monkeypatch) -> None:
     """The listing of one process fails for a part, as over a network: all still have one plan."""
 
