@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from pig.data.images import MANIFEST, Job, forget, make_folder, note, read_manifest, save_picture
-from pig.data.shards import sha256_of
-from pig.data.transforms import load_image
+from pig.data.shards import digest_of
+from pig.data.transforms import is_whole
 from pig.errors import InputError
 from pig.executors import ExecutorName, execute
 from pig.methods import load_blend, load_pipeline
@@ -225,11 +225,7 @@ def is_finished(out: Path, job: Job, line: Mapping[str, Any] | None, settings: M
             f"{out} holds images that were drawn otherwise: {job.file} with {other[0]}={then.get(other[0])!r}, now "
             f"{now.get(other[0])!r}. Give another --out, or delete the folder"
         )
-    try:
-        load_image(out / job.file)
-    except InputError:  # torn: it is drawn again
-        return False
-    return True
+    return is_whole(out / job.file)  # a torn one is drawn again
 
 
 def in_batches(jobs: Sequence[Job], order: Order, size: int) -> Iterator[list[Job]]:
@@ -272,8 +268,7 @@ def model_digest(pipeline: SubjectPipeline) -> str:
 def folders_digest(folders: Sequence[Path]) -> str:
     """Of the files of some deltas."""
     files = [sorted(path for path in folder.rglob("*") if path.is_file()) for folder in folders]
-    told = [[path.name, sha256_of(path)] for of in files for path in of]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return digest_of([path for of in files for path in of])
 
 
 def picture_digest(picture: Image.Image) -> str:

@@ -26,7 +26,8 @@ from rich.live import Live
 from pig.commands.fit import CLI, hush
 from pig.commands.generate import parse_shard
 from pig.data.images import make_folder
-from pig.data.subject_training import SubjectDataModule, digest_of
+from pig.data.shards import digest_of
+from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.errors import InputError, WorkerDiedError, find_input_error
 from pig.executors import ExecutorName, execute

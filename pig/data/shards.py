@@ -118,6 +118,12 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_of(files: Sequence[Path]) -> str:
+    """Changes with any of the files' contents, and with their names."""
+    told = [[path.name, sha256_of(path)] for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
 def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] | None = None) -> ShardStats:
     """Write triplets as a shard. The same triplets give the same bytes."""
     return write_samples(tar, (triplet_members(triplet) for triplet in triplets), rejected)

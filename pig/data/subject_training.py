@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 from pig.data.loading import ResumableLoader
 from pig.data.modules import PersonalisationData, seed_of_run
 from pig.data.schema import Batch
-from pig.data.shards import sha256_of
+from pig.data.shards import digest_of
 from pig.data.subjects import SubjectFolder, read_subject
 from pig.data.transforms import load_image, target_picture
 from pig.errors import InputError, check_ranges
@@ -54,12 +54,6 @@ class ClassPictures:
 
 def class_prompt(noun: str) -> str:
     return f"a photo of a {noun}"
-
-
-def digest_of(files: Sequence[Path]) -> str:
-    """Changes with any of the files' contents, and with their names."""
-    told = [[path.name, sha256_of(path)] for path in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 class SubjectDataset(IterableDataset[Batch]):

@@ -49,6 +49,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise InputError(f"cannot read image {path}: {error}") from error
 
 
+def is_whole(file: Path) -> bool:
+    """Whether a picture is there and can be read."""
+    try:
+        load_image(file)
+    except InputError:
+        return False
+    return True
+
+
 def normalise(image: Image.Image) -> Image.Image:
     """Apply the EXIF rotation and bring any PIL mode to RGB, or to RGBA where there is transparency."""
     image = ImageOps.exif_transpose(image)

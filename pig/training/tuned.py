@@ -18,7 +18,7 @@ from torch import Tensor
 from pig.data.images import make_folder, save_picture
 from pig.data.schema import Batch
 from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
-from pig.data.transforms import load_image
+from pig.data.transforms import is_whole
 from pig.errors import InputError
 from pig.files import read_json, replacing_folder, write_text
 from pig.models.backbone import base_digest, encode_images, encode_text, half_on, load_backbone
@@ -179,15 +179,6 @@ def draw_class_pictures(
             for number, picture in zip(numbers, drawn.images, strict=True):
                 if number in missing:
                     save_picture(wanted.files(noun)[number], picture)
-
-
-def is_whole(file: Path) -> bool:
-    """Whether a picture is there and can be read."""
-    try:
-        load_image(file)
-    except InputError:
-        return False
-    return True
 
 
 def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any], base: str) -> None:
