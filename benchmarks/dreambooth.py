@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from benchmarks.sweep import brackets
 from data_gen.toyworld import draw_subjects
+from pig.cli import run
 from pig.data.images import read_generated
 from pig.data.subjects import PROMPTS_FILE, SubjectFolder, read_subjects
 from pig.demo import toy_scorer
@@ -63,16 +65,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     out: Path = chosen.out
     console.print(f"{len(chosen.rows)} ways to tune x {chosen.subjects} subjects, some 25 minutes each on a CPU core")
-    if not (out / PROMPTS_FILE).exists():
-        draw_subjects(out / "subjects", chosen.subjects, 64)
-        few_prompts(out / "subjects" / PROMPTS_FILE, out / PROMPTS_FILE)
-    subjects, scorer = read_subjects(out / "subjects", out / PROMPTS_FILE), toy_scorer(out / "eval")
+    subjects, scorer = made_subjects(out, chosen.subjects, PROMPTS), toy_scorer(out / "eval")
     found = {BASE: score(scorer, draw(out, BASE, "base:toyworld"), subjects)}
     for name in chosen.rows:
-        config, told = ROWS[name]
-        tuned = out / name.replace(", ", "_").replace(" ", "_") / "models"
-        words = ["tune", f"--config=configs/{config}.yaml", f"--subjects={out / 'subjects'}", f"--out={tuned}", *told]
-        subprocess.run([sys.executable, "-W", "ignore", "-m", "pig.cli", *words], check=True)
+        tuned = tune(out, name, *ROWS[name])
         for step in next(iter(tuned_subjects(tuned).values())):
             images = draw(tuned.parent, f"{step}", str(tuned), f"--step={step}")
             found[f"{name}, {step}"] = score(scorer, images, subjects)
@@ -82,21 +78,41 @@ def main() -> None:
     console.print(f"{out / 'tuned.md'}, {out / 'tuned.json'}, {out / 'tuned.png'}")
 
 
+def made_subjects(out: Path, count: int, prompts: int) -> list[SubjectFolder]:
+    """Held-out subjects, each under the first of its prompts."""
+    if not (out / PROMPTS_FILE).exists():
+        draw_subjects(out / "subjects", count, 64)
+        few_prompts(out / "subjects" / PROMPTS_FILE, out / PROMPTS_FILE, prompts)
+    return read_subjects(out / "subjects", out / PROMPTS_FILE)
+
+
+def tune(out: Path, name: str, config: str, told: list[str]) -> Path:
+    """The tuned folder of a row."""
+    tuned = out / plain(name) / "models"
+    words = ["tune", f"--config=configs/{config}.yaml", f"--subjects={out / 'subjects'}", f"--out={tuned}", *told]
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "pig.cli", *words], check=True)
+    return tuned
+
+
+def plain(name: str) -> str:
+    """Of a row, as a folder is called."""
+    return name.replace(", ", "_").replace(" ", "_").replace("%", "pc")
+
+
 def draw(out: Path, name: str, model: str, *told: str) -> Path:
-    images = out / "images" / name.replace(" ", "_")
+    images = out / "images" / plain(name)
     top = next(folder for folder in (out, out.parent) if (folder / PROMPTS_FILE).is_file())
     known = [f"--subjects={top / 'subjects'}", f"--prompts={top / PROMPTS_FILE}"]
-    words = ["generate", f"--model={model}", *known, f"--out={images}", *DRAWN, *told]
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "pig.cli", *words], check=True)
+    run(["generate", f"--model={model}", *known, f"--out={images}", *DRAWN, *told])
     return images
 
 
-def few_prompts(listing: Path, fewer: Path) -> None:
+def few_prompts(listing: Path, fewer: Path, prompts: int) -> None:
     """The same subjects, under the first of their prompts."""
     lines, kept = [], 0
     for line in listing.read_text(encoding="utf-8").splitlines():
         kept = 0 if line.startswith("prompt_list") else kept + (".format(" in line)
-        if ".format(" not in line or kept <= PROMPTS:
+        if ".format(" not in line or kept <= prompts:
             lines.append(line)
     fewer.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -131,6 +147,12 @@ def markdown(found: dict[str, Scores]) -> str:
 
 def figure(found: dict[str, Scores], rows: list[str], file: Path) -> None:
     """DreamBlend's Fig. 1 (arXiv 2411.19390): the paths of the checkpoints, from the base model on."""
+    plot, _ = paths(found, rows)
+    plot.savefig(file, dpi=110)
+
+
+def paths(found: dict[str, Scores], rows: list[str]) -> tuple[Any, tuple[Any, Any]]:
+    """A plot of two planes, DINO over CLIP-T and over the distance of pixels, with a path for each row."""
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -148,7 +170,7 @@ def figure(found: dict[str, Scores], rows: list[str], file: Path) -> None:
     left.set(xlabel="CLIP-T (prompt)", ylabel="DINO (subject)")
     right.set(xlabel="pixel distance of a prompt's two pictures (diversity)", ylabel="DINO (subject)")
     left.legend(fontsize=8)
-    plot.savefig(file, dpi=110)
+    return plot, (left, right)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ def deltas_of_subjects(
         return {name: (one,) for name, one in deltas_of(source.folder, names, what.step).items()}
     steps = list(kept_steps(source.folder / names[0]))
     early = steps[0] if what.early is None and steps else what.early
-    pairs = [deltas_of(source.folder, names, step) for step in (early, what.late)]
+    pairs = [
+        deltas_of(source.folder, names, step, flag) for flag, step in (("--early", early), ("--late", what.late))
+    ]
     late = steps[-1] if what.late is None else what.late
     assert early is not None
     if early > late:

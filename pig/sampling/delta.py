@@ -125,8 +125,8 @@ def tuned_subjects(folder: Path) -> dict[str, dict[int, Path]]:
     return {name: steps for name, steps in found.items() if steps}
 
 
-def deltas_of(folder: Path, subjects: Sequence[str], step: int | None) -> dict[str, Path]:
-    """Subject -> the delta of its step; by default of its last one.
+def deltas_of(folder: Path, subjects: Sequence[str], step: int | None, flag: str = "--step") -> dict[str, Path]:
+    """Subject -> the delta of its step, which `flag` has named; by default of its last one.
 
     Raises:
         InputError: a subject without weights, a step that was not kept; subjects of several methods or base models.
@@ -138,7 +138,7 @@ def deltas_of(folder: Path, subjects: Sequence[str], step: int | None) -> dict[s
             raise InputError(f"{folder} has no weights of the subject {name!r}; it has: {', '.join(tuned)}")
         if step is not None and step not in steps:
             raise InputError(
-                f"--step {step} was not kept of {name}; there are: {', '.join(map(str, steps))} (model.save_at names "
+                f"{flag} {step} was not kept of {name}; there are: {', '.join(map(str, steps))} (model.save_at names "
                 "them)"
             )
         found[name] = steps[max(steps) if step is None else step]

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from torch import Tensor
 
 from pig.attention.maps import distance, layers_of, maps_bytes, recording
+from pig.cli import run
 from pig.errors import InputError
 from pig.methods import load_pipeline
 from pig.methods.dreamblend import DreamBlendPipeline
 from pig.methods.dreambooth.module import DreamBooth
 from pig.models.backbone import load_backbone
+from pig.sampling.delta import save_delta
 
 PROMPTS = ["a photo of a mug, on a beach", "a photo of a mug, in space"]
 
@@ -187,6 +190,48 @@ def test_words_and_levels_matter(blend) -> None:
     usual = draw(blend, step_size=0.05)
     for told in ({"words": "subject"}, {"words": "not_identifier"}, {"coarse": True}, {"guided_share": 0.5}):
         assert not torch.equal(draw(blend, step_size=0.05, **told), usual), told
+
+
+def test_the_gradient_is_checkpointed_where_memory_is_short(blend, monkeypatch) -> None:
+    """As if the first pass with a gradient found no memory: the same pictures, with a warning."""
+    expected, attempts, original = draw(blend, step_size=0.05), [], DreamBlendPipeline._gradient
+
+    def short(self: DreamBlendPipeline, *given: Any) -> Tensor:
+        attempts.append(self.unet.is_gradient_checkpointing)
+        if not attempts[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *given)
+
+    monkeypatch.setattr(DreamBlendPipeline, "_gradient", short)
+    try:
+        with pytest.warns(UserWarning, match="memory is short"):
+            torch.testing.assert_close(draw(blend, step_size=0.05), expected)
+        assert attempts == [False, True, True, True, True]
+    finally:
+        blend.unet.disable_gradient_checkpointing()
+
+
+def test_bad_steps(tmp_path) -> None:
+    """Of the command line, before anything is drawn."""
+    for step in (5, 10):
+        save_delta(tuned(step).pipeline(), tmp_path / f"tuned/mug_000/step-{step:06d}")
+    picture = tmp_path / "subjects/mug_000/00.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGBA", (64, 64), "red").save(picture)
+    (tmp_path / "subjects/prompts_and_classes.txt").write_text(
+        "Classes\n\nsubject_name,class\nmug_000,mug\n\nPrompts\n\nObject Prompts\n\nprompt_list = [\n"
+        "'a photo of a {0} {1}, on a beach'.format(unique_token, class_token),\n]\n"
+    )
+    words = ["generate", f"--model=dreamblend:{tmp_path / 'tuned'}", f"--subjects={tmp_path / 'subjects'}"]
+    words += [f"--out={tmp_path / 'out'}"]
+    for told, message in {
+        ("--early=10", "--late=5"): "--early 10 is later than --late 5",
+        ("--early=7",): "--early 7 was not kept of mug_000; there are: 5, 10",
+        ("--step=5",): "--step is for a folder made by `tune`",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            run([*words, *told])
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(blend, monkeypatch) -> None:

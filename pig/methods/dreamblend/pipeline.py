@@ -10,8 +10,10 @@ The paper's algorithm is not public. The gradient step is that of pix2pix-zero (
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self
 
 import psutil
@@ -86,6 +88,7 @@ class DreamBlendPipeline(TextPipeline):
     ) -> None:
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, base, settings)
         self.register_modules(early_unet=early_unet)
+        unet.requires_grad_(False)  # the guidance's gradient is of the latents: nothing is kept for the weights'
         self._tuned = tuned
 
     @classmethod
@@ -162,15 +165,15 @@ class DreamBlendPipeline(TextPipeline):
             """The latents at the beginning of a step, moved towards the early network's maps."""
             if not condition.early_until <= step < guided:
                 return latents
-            with torch.enable_grad():
-                moved = latents.detach().requires_grad_()
-                given = call.scheduler.scale_model_input(moved, timesteps[step])
-                layers = layers_of(self.unet, coarse=settings.coarse)
-                with recording(self.unet, len(latents), layers) as maps:
-                    self.unet(*self.stacked(given, timesteps[step], ["text_im"], condition))
-                # Rounded as the early ones are: where both networks are one, there is no difference.
-                loss = distance({name: one.half() for name, one in maps.items()}, kept[step], condition.words).sum()
-                (gradient,) = torch.autograd.grad(loss, moved)
+            given = partial(self._gradient, latents, timesteps[step], call, condition, settings, kept[step])
+            try:
+                gradient = given()
+            except torch.OutOfMemoryError:
+                if self.unet.is_gradient_checkpointing:
+                    raise
+                warnings.warn("memory is short: the guidance's gradient is checkpointed, and slower", stacklevel=2)
+                self.unet.enable_gradient_checkpointing()
+                gradient = given()
             return latents - settings.step_size * gradient
 
         def on_step(step: int, t: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
@@ -178,6 +181,27 @@ class DreamBlendPipeline(TextPipeline):
             return (towards(step + 1, latents) if go_on else latents), go_on
 
         return self.denoise(towards(0, start), replace(call, on_step=on_step), condition, settings)
+
+    @torch.enable_grad()
+    def _gradient(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        call: Call,
+        condition: BlendCondition,
+        settings: DreamBlendSettings,
+        early: Maps,
+    ) -> Tensor:
+        """Of the distance to the early network's maps, by the latents: (B, 4, h, w)."""
+        moved = latents.detach().requires_grad_()
+        given = call.scheduler.scale_model_input(moved, t)
+        with recording(self.unet, len(latents), layers_of(self.unet, coarse=settings.coarse)) as maps:
+            self.unet(*self.stacked(given, t, ["text_im"], condition))
+            # Rounded as the early ones are: where both networks are one, there is no difference.
+            rounded = {name: one.half() for name, one in maps.items()}
+            # Inside: where the gradient is checkpointed, the pass is repeated, with the same hooks.
+            (gradient,) = torch.autograd.grad(distance(rounded, early, condition.words).sum(), moved)
+        return gradient
 
     def _early_maps(
         self, start: Tensor, call: Call, condition: BlendCondition, settings: DreamBlendSettings, guided: int

@@ -1,6 +1,6 @@
 """Train the second edition's models, as `pig.toyworld.pretrain` trains the first's.
 
-    python -m pig.toyworld.second.pretrain vae|clip|vision|dino|sam|unet --out DIR [--work DIR]
+    python -m pig.toyworld.second.pretrain vae|clip|vision|dino|sam|unet --out DIR --work DIR [--start DIR]
 
 `sam` needs `vae`, `vision` needs `clip`, and `unet` needs `vae` and `clip`; its report needs `vision`. A stage that was
 stopped goes on from its last checkpoint in `--work`.
@@ -39,9 +39,13 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of unfinished stages")
+    parser.add_argument("--start", type=Path, help="an earlier edition's weights to begin from (by default: nothing)")
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    train(make_stage(chosen.stage, chosen.out, chosen.work), chosen.stage, chosen.out, chosen.work)
+    stage = make_stage(chosen.stage, chosen.out, chosen.work)
+    if chosen.start:
+        stage.begin_from(chosen.start)
+    train(stage, chosen.stage, chosen.out, chosen.work)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ class Stage(LightningModule):
     def dataset(self) -> Dataset[Any]:
         raise NotImplementedError
 
+    def begin_from(self, weights: Path) -> None:
+        """Take over what an earlier edition's models in `weights` know, in place of a start from nothing."""
+        raise NotImplementedError
+
     def save(self, out: Path) -> None:
         """Write what was learnt in its public format below `out`."""
         raise NotImplementedError

@@ -56,6 +56,17 @@ class CLIPStage(Stage):
         )
         self.clip.set_attn_implementation("eager")  # see UNetStage
 
+    def begin_from(self, weights: Path) -> None:
+        """Words that the earlier vocabulary lacks start at the mean of all its words."""
+        earlier = CLIPModel.from_pretrained(weights / "clip", dtype=torch.float32)
+        known = CLIPTokenizer.from_pretrained(weights / "clip").get_vocab()
+        state, table = earlier.state_dict(), "text_model.embeddings.token_embedding.weight"
+        rows = state[table].mean(0).repeat(len(self.tokenizer), 1)
+        for word, number in self.tokenizer.get_vocab().items():
+            if word in known:
+                rows[number] = state[table][known[word]]
+        self.clip.load_state_dict({**state, table: rows})
+
     def dataset(self) -> Dataset[Any]:
         scenes = [any_scene(seed) for seed in range(self.scenes)]
         return TensorDataset(render(scenes), facts_of(scenes))
@@ -93,7 +104,7 @@ class VisionStage(Stage):
     (LiT, arXiv 2111.07991, with the whole vocabulary in place of the batch).
     """
 
-    steps, batch_size, lr = 9000, 128, 1e-3
+    steps, batch_size, lr = 3000, 128, 1e-3
     scenes = 48_000
 
     def __init__(self, weights: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import ViTModel
 
 from pig.toyworld.second import scene
 from pig.toyworld.second.captions import ACCESSORIES, PLACES, WORN_COLOURS, Scene, any_scene, render
@@ -18,8 +19,12 @@ PARTIAL, DRESSED = 0.5, 0.4  # shares of the views
 class DINOStage(first.DINOStage):
     """The first edition's loss; its views of a subject may be partial, or wear something, which is no identity."""
 
-    steps, lr = 6000, 1e-3
+    steps, lr = 3000, 1e-3
     subjects = 10_000
+
+    def begin_from(self, weights: Path) -> None:
+        earlier = ViTModel.from_pretrained(weights / "dino", dtype=torch.float32, add_pooling_layer=False)
+        self.vit.load_state_dict(earlier.state_dict())
 
     @staticmethod
     def scenes(count: int, first_seed: int, views: int) -> Tensor:

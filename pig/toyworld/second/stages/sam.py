@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pig.models.segmenters import load_sam
 from pig.toyworld.second.captions import any_scene
 from pig.toyworld.stages import sam as first
 
@@ -13,7 +16,10 @@ from pig.toyworld.stages import sam as first
 class SAMStage(first.SAMStage):
     """The first edition's, longer: the visible part of an object, without what it wears."""
 
-    steps, drawn = 6000, 24_000
+    steps, drawn = 2000, 24_000
+
+    def begin_from(self, weights: Path) -> None:
+        self.sam = load_sam(weights / "sam").train().requires_grad_(True)
 
     @staticmethod
     def scenes(count: int, first_seed: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pig.toyworld.second.captions import any_scene, render
@@ -9,9 +13,12 @@ from pig.toyworld.stages import vae as first
 
 
 class VAEStage(first.VAEStage):
-    """The first edition's loss, longer and a little wider: emblems and accessories are small."""
+    """The first edition's VAE, trained on: emblems and accessories are small."""
 
-    steps, scenes, channels = 5000, 24_000, (32, 64, 96)
+    steps, scenes, lr = 2500, 24_000, 1.5e-3
+
+    def begin_from(self, weights: Path) -> None:
+        self.vae = AutoencoderKL.from_pretrained(weights / "base/vae", dtype=torch.float32)
 
     @staticmethod
     def pictures(count: int, first_seed: int) -> Tensor:
