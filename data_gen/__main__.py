@@ -10,19 +10,18 @@ python -m data_gen triplets|subjects|photos --help           draw toy triplets o
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from pathlib import Path
 
-import jsonargparse
-
 from data_gen.config import load_config
-from data_gen.errors import DiskFullError
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
+from pig.arguments import Parser, parse
 from pig.data.transforms import ReferenceAugmentation
-from pig.errors import InputError, WorkerDiedError, find_input_error
+from pig.errors import InputError, check_ranges, run_command
 
+COMMANDS = ("triplets", "subjects", "photos", "inspect")
+SIZES = (8, 4096)  # sides of a picture, in pixels
 STAGES = ("captions", "images", "masks", "quality", "shards")
 
 
@@ -35,6 +34,7 @@ def triplets(out: Path, count: int = 8000, size: int = 64, first_seed: int = 0) 
         size: side of a picture in pixels.
         first_seed: of the first subject; each has a seed of its own.
     """
+    check_ranges(**{"--count": (count, 1, 10**9), "--size": (size, *SIZES), "--first_seed": (first_seed, 0, 10**10)})
     draw_triplets(out, count, size, first_seed)
 
 
@@ -46,6 +46,7 @@ def subjects(out: Path, count: int = 24, size: int = 64) -> None:
         count: how many.
         size: side of a picture in pixels.
     """
+    check_ranges(**{"--count": (count, 1, 10**6), "--size": (size, *SIZES)})
     draw_subjects(out, count, size)
 
 
@@ -58,6 +59,9 @@ def photos(photos: Path, out: Path, object: str, size: int = 512) -> None:
         object: what the pictures show, such as "dog".
         size: shorter side of the packed pictures in pixels.
     """
+    check_ranges(**{"--size": (size, *SIZES)})
+    if not object.strip():
+        raise InputError("--object is empty: say what the pictures show, such as dog")
     pack_photos(photos, out, object, size)
 
 
@@ -89,7 +93,7 @@ def encode(
 
 
 def run_encode(arguments: list[str]) -> None:
-    parser = jsonargparse.ArgumentParser(prog="python -m data_gen encode", description=encode.__doc__)
+    parser = Parser(prog="python -m data_gen encode", description=encode.__doc__)
     parser.add_argument("shards", nargs="+", type=str, help="folders, globs or brace patterns")
     parser.add_argument("--half", action="store_true", help="float16 instead of float32: half the space")
     parser.add_function_arguments(encode, as_positional=False, skip={"shards", "half"})
@@ -97,26 +101,32 @@ def run_encode(arguments: list[str]) -> None:
     encode(**chosen)
 
 
+def inspect(folder: list[Path], /, out: Path | None = None) -> None:
+    """Look at shards before training on them: contact sheet and statistics, as PNG and HTML.
+
+    Args:
+        folder: of shards.
+        out: folder for inspect.html and inspect.png; default: that of the shards.
+    """
+    from data_gen.inspect import inspect_shards
+
+    if len(folder) > 1:
+        raise InputError(f"inspect takes one folder of shards, got {len(folder)}")
+    inspect_shards(folder[0], out or folder[0])
+
+
 def run(arguments: list[str]) -> None:
     command = arguments[0] if arguments else ""
     if command == "encode":
         run_encode(arguments[1:])
         return
-    if command in ("triplets", "subjects", "photos"):
-        jsonargparse.auto_cli([triplets, subjects, photos], as_positional=False, prog="python -m data_gen")
+    if command in COMMANDS:
+        function, values = parse(f"python -m data_gen {command}", f"data_gen.__main__:{command}", arguments[1:])
+        function(**values)
         return
     parser = argparse.ArgumentParser(
         prog="python -m data_gen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if command == "inspect":
-        from data_gen.inspect import inspect
-
-        parser.add_argument("inspect")
-        parser.add_argument("folder", type=Path, help="of shards")
-        parser.add_argument("--out", type=Path, help="for inspect.html and inspect.png; default: the folder")
-        chosen = parser.parse_args(arguments)
-        inspect(chosen.folder, chosen.out or chosen.folder)
-        return
     stage = arguments.pop(0) if command in STAGES else None
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/datagen/toyworld.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value", help="over the config: captions.count=1000")
@@ -143,25 +153,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    try:
-        run(sys.argv[1:])
-    except (DiskFullError, WorkerDiedError) as error:
-        print(f"error: {error}. Finished shards are kept; start again to go on", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: no space left on the disk ({error.filename})", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; finished shards are kept, start again to go on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        mistake = find_input_error(error)
-        if mistake is None:
-            raise
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

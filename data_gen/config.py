@@ -224,14 +224,6 @@ def _check(config: DatagenConfig) -> None:
         raise InputError(f"images.size must be divisible by 8, got {config.images.size}")
 
 
-def claim(output: Path) -> None:
-    """Make the output folder. Raises InputError where that cannot be."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make output={output}: {error.strerror}; choose another folder") from error
-
-
 def settle(config: DatagenConfig) -> None:
     """Claim the output folder for this config: its resolved form is written there, or agrees with what stands there.
 

@@ -32,6 +32,7 @@ from pig.data.shards import (
 )
 from pig.data.transforms import ReferenceAugmentation, target_picture, to_tensor
 from pig.errors import InputError
+from pig.files import make_folder
 from pig.models.backbone import (
     Backbone,
     check_size,
@@ -123,10 +124,7 @@ def encode_shards(
         raise InputError(f"--out {out} is the folder of the shards themselves: name another")
     if any(shard.stats.encoded for shard in found):
         raise InputError(f"the shards of {shards} are encoded already: name the triplets that they were made of")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made a folder: {error.strerror}") from error
+    make_folder(out)
     if strangers := sorted(path.name for path in out.glob("*.tar") if path not in names):
         raise InputError(
             f"--out {out} holds {strangers[0]}, which is of none of these shards: name another, or remove it"

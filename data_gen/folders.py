@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pig.errors import InputError
-from pig.files import write_text
+from pig.files import make_folder, write_text
 
 MADE_BY = "made_by.json"
 
@@ -36,8 +36,5 @@ def claim_for(out: Path, command: str, **arguments: Any) -> None:
         ]
         why = "; ".join(other) if of else "of another origin"
         raise InputError(f"{out} holds what was made otherwise ({why}): give another --out, or remove it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / MADE_BY, json.dumps(now, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write into {out}: {error.strerror}") from error
+    make_folder(out)
+    write_text(out / MADE_BY, json.dumps(now, indent=1) + "\n")

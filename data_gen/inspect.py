@@ -21,11 +21,12 @@ from pig.data.schema import Triplet
 from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, read_shard, rejections
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
+from pig.files import make_folder
 
 SHEET = 24  # triplets on the contact sheet
 
 
-def inspect(folder: Path, out: Path) -> None:
+def inspect_shards(folder: Path, out: Path) -> None:
     """Write `inspect.html` and `inspect.png` into `out`.
 
     Raises:
@@ -33,6 +34,7 @@ def inspect(folder: Path, out: Path) -> None:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder of shards")
+    make_folder(out)
     shards, left_out = find_shards(str(folder))
     total = sum(shard.stats.count for shard in shards)
     chosen = set(np.linspace(0, total - 1, min(SHEET, total)).round().astype(int).tolist())
@@ -48,7 +50,6 @@ def inspect(folder: Path, out: Path) -> None:
             shown.append(row)
     if not shown:
         raise InputError(f"no triplet of {folder} can be read: {'; '.join(bad[:3])}")
-    out.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(shown)
     sheet.save(out / "inspect.png")
     (out / "inspect.html").write_text(

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from data_gen import captions as caption_stage
-from data_gen.config import DatagenConfig, captioner, claim, masker, settle
+from data_gen.config import DatagenConfig, captioner, masker, settle
 from data_gen.samples import Sample, write_samples
 from data_gen.shards import (
     STAGES,
@@ -39,6 +39,7 @@ from data_gen.shards import (
 from pig.data.shards import ShardStats, rejections, sha256_of, stats_path
 from pig.errors import InputError
 from pig.executors import device_of, execute
+from pig.files import make_folder
 
 console = Console()
 CARD = "README.md"
@@ -55,7 +56,7 @@ def generate(config: DatagenConfig) -> None:
     """
     out = Path(config.output)
     check_device(config)
-    claim(out)
+    make_folder(out)
     with locked(out):
         settle(config)
         console.print(plan(config))
@@ -84,7 +85,7 @@ def work(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport 
     """Make these shards: each one's report as it is done, and None at every poll.
 
     Raises:
-        InputError, DiskFullError: as a worker met them.
+        InputError, OSError: as a worker met them.
         WorkerDiedError: a worker was lost.
     """
     if config.executor == "ray":  # whose actors have working folders of their own
@@ -289,7 +290,7 @@ def stage_alone(stage: str, config: DatagenConfig, folder: Path | None = None) -
     """
     out = Path(config.output)
     if stage == "captions":
-        claim(out)
+        make_folder(out)
         with locked(out):
             settle(config)
             made = caption_stage.make_captions(out, config.captions, config.seed)
@@ -303,7 +304,7 @@ def stage_alone(stage: str, config: DatagenConfig, folder: Path | None = None) -
     if stage == "shards":
         if any(out.glob("*.tar")):
             raise InputError(f"{out} holds shards already; choose another output")
-        claim(out)
+        make_folder(out)
         report = maker.pack(folder)
         console.print(f"{report.count} triplets -> {tar_of(out, 0)}; rejected: {report.rejected}")
         return

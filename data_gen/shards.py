@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import shutil
@@ -22,7 +21,6 @@ from PIL import Image
 from data_gen import images, masks, quality
 from data_gen.captions import FILE, Caption, read_captions
 from data_gen.config import DatagenConfig, captioner, masker
-from data_gen.errors import DiskFullError
 from data_gen.samples import Sample, read_lines, read_samples, write_lines, write_samples
 from pig.data.schema import Triplet
 from pig.data.shards import write_shard
@@ -128,7 +126,7 @@ class ShardMaker:
         """Make shard `number`, going on where an interrupted worker left its folder.
 
         Raises:
-            DiskFullError: no space is left. Nothing half-written counts; started again, the shard goes on.
+            OSError: no space is left. Nothing half-written counts; started again, the shard goes on.
         """
         work = work_of(self.output, number)
         try:
@@ -141,8 +139,7 @@ class ShardMaker:
                 Path(lock.name).unlink()
             return report
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFullError(f"no space left on the disk of {self.output}, at shard {number}") from error
+            error.filename = error.filename or str(self.output)  # for the message
             raise
 
     def _make(self, number: int, work: Path) -> ShardReport:

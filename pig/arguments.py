@@ -16,8 +16,14 @@ from omegaconf import OmegaConf
 
 from pig.errors import InputError
 from pig.methods import FORMS, find_model, pipeline_class
+from pig.mistakes import PlainErrors
 from pig.models.backbone import TOYWORLD
 from pig.sampling.settings import Control, controls
+
+
+class Parser(PlainErrors, jsonargparse.ArgumentParser):
+    """Its mistakes are `InputError`s."""
+
 
 SETTINGS = "settings"  # the parameter that takes a model's controls
 
@@ -34,7 +40,7 @@ def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., A
     # `--save-references` is `--save_references`, with or without `=...`.
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
     described = docstring_parser.parse(function.__doc__ or "")
-    parser = jsonargparse.ArgumentParser(prog=prog, description=described.short_description)
+    parser = Parser(prog=prog, description=described.short_description)
     parser.add_argument("--config", action="config", help="a YAML file with any of these arguments")
     helps = {one.arg_name: one.description or "" for one in described.params}
     hints = get_type_hints(function)

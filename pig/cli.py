@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from pig.errors import InputError, WorkerDiedError, find_input_error
+from pig.errors import InputError, run_command
 
 PR_SET_PDEATHSIG = 1
 
@@ -75,19 +75,7 @@ def main() -> None:
         # One of several processes: if the one that started it is killed, it would wait for it in the next exchange.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    try:
-        run(sys.argv[1:])
-    except Exception as error:
-        if isinstance(error, WorkerDiedError):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        mistake = find_input_error(error)
-        if mistake is None:
-            raise
-        # A loader's worker process wraps the message in its traceback.
-        message = re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(mistake)).strip()
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

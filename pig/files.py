@@ -14,6 +14,22 @@ from typing import Any
 from pig.errors import InputError
 
 
+def make_folder(folder: Path) -> None:
+    """A folder to write into.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if folder.is_file():
+            raise InputError(f"{folder} is a file, not a folder: name another place") from error
+        raise InputError(f"cannot write into {folder}: {error.strerror}; name another place") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into {folder}: it is read-only; name another place")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`, whose place it takes when the block ends.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pig.data.images import make_folder
 from pig.errors import InputError
-from pig.files import replacing_folder
+from pig.files import make_folder, replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
 from pig.sampling.delta import DELTA, save_delta
 from pig.sampling.pipeline import SubjectPipeline

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from pig.data.modules import PersonalisationData
-from pig.errors import InputError
+from pig.errors import InputError, find_input_error
+from pig.mistakes import PlainErrors
 from pig.training.checkpoints import load_checkpoint
 from pig.training.memory import print_memory
 from pig.training.module import PersonalisationModule
@@ -21,6 +25,18 @@ from pig.training.module import PersonalisationModule
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 DESCRIPTION = "Train, validate, test or predict: --config FILE, and --model.X, --data.X, --trainer.X over it."
+
+
+class Parser(PlainErrors, LightningArgumentParser):
+    """Its mistakes are `InputError`s."""
+
+    def options_of(self, key: str) -> set[str]:
+        kinds: list[type] = [{"model": PersonalisationModule, "data": PersonalisationData}.get(key, object)]
+        if kinds == [object]:
+            return set()
+        for kind in kinds:  # which grows
+            kinds += kind.__subclasses__()
+        return {name for kind in kinds for name in inspect.signature(kind).parameters}
 
 
 class CLI(LightningCLI):
@@ -32,6 +48,7 @@ class CLI(LightningCLI):
             PersonalisationData,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "description": DESCRIPTION},
             save_config_kwargs={"overwrite": True},
             args=args,
@@ -41,6 +58,16 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
         parser.add_argument("--print_memory", action="store_true", help="first say what the training takes of memory")
+
+    def instantiate_trainer(self, **more: Any) -> Trainer:
+        """
+        Raises:
+            InputError: the machine, or Lightning, has no such trainer.
+        """
+        try:
+            return super().instantiate_trainer(**more)
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            raise find_input_error(error) or InputError(f"trainer: {str(error).splitlines()[0]}") from error
 
     def before_fit(self) -> None:
         self._refuse_a_used_folder()

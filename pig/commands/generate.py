@@ -10,10 +10,11 @@ from PIL import Image
 
 from pig.commands.drawing import Order, Workers, draw_order, load_for
 from pig.commands.options import CuttingOut, Output, Subjects
-from pig.data.images import MANIFEST, Job, make_folder
+from pig.data.images import MANIFEST, Job
 from pig.data.subjects import Segment, SubjectFolder, load_cutout
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
+from pig.files import make_folder
 from pig.methods import Source, default_device, find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
 from pig.sampling.delta import deltas_of, kept_steps
@@ -109,9 +110,7 @@ def deltas_of_subjects(
         return {name: (one,) for name, one in deltas_of(source.folder, names, what.step).items()}
     steps = list(kept_steps(source.folder / names[0]))
     early = steps[0] if what.early is None and steps else what.early
-    pairs = [
-        deltas_of(source.folder, names, step, flag) for flag, step in (("--early", early), ("--late", what.late))
-    ]
+    pairs = [deltas_of(source.folder, names, step, flag) for flag, step in (("--early", early), ("--late", what.late))]
     late = steps[-1] if what.late is None else what.late
     assert early is not None
     if early > late:

@@ -37,19 +37,6 @@ class Job:
         return f"{self.subject.name}/{self.prompt_index}/{self.seed}.png"
 
 
-def make_folder(folder: Path) -> None:
-    """
-    Raises:
-        InputError: it is a file, or cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if folder.is_file():
-            raise InputError(f"--out: {folder} is a file, not a folder") from error
-        raise InputError(f"cannot write into {folder}: {error.strerror}") from error
-
-
 def save_generated(
     folder: Path, job: Job, image: Image.Image, *, method: str, settings: Mapping[str, Any], manifest: str = MANIFEST
 ) -> None:

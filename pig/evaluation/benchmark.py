@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pig.data.images import make_folder
 from pig.data.subjects import Segment, SubjectFolder, read_subjects
 from pig.errors import InputError, check_ranges
 from pig.evaluation.checks import check, missing_message, some
@@ -25,6 +24,7 @@ from pig.evaluation.protocols import DREAMBOOTH, Protocol, ProtocolName, protoco
 from pig.evaluation.report import write_report
 from pig.evaluation.results import Result, summarise
 from pig.evaluation.tables import score_table, write_tables
+from pig.files import make_folder
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import RembgModel, SegmenterName, make_segmenter
 

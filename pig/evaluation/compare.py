@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pig.data.images import make_folder
 from pig.errors import InputError
 from pig.evaluation.report import table_of, write_report
 from pig.evaluation.results import Result, notes_of
 from pig.evaluation.statistics import interval, sign_flip_p
 from pig.evaluation.tables import MAIN, TITLES, score_table, short, write_tables
+from pig.files import make_folder
 
 console = Console(soft_wrap=True)
 

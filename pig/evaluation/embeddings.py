@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pig.data.images import make_folder
 from pig.data.subjects import Segment, find_object, mask_path
 from pig.data.transforms import WHITE, load_image
 from pig.errors import InputError
+from pig.files import make_folder
 from pig.models.encoders import Clip, ImageEncoder
 
 THUMBNAIL = 160  # pixels, the longer side

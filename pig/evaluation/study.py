@@ -23,14 +23,13 @@ from urllib.parse import parse_qs, urlparse
 
 from rich.console import Console
 
-from pig.data.images import make_folder
 from pig.data.transforms import load_image
 from pig.errors import InputError, check_ranges
 from pig.evaluation.compare import named_apart, place_of
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import rate_interval
 from pig.evaluation.tables import plain
-from pig.files import write_text
+from pig.files import make_folder, write_text
 
 PAGE = Path(__file__).with_suffix(".html")
 FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer

@@ -15,12 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 
-from pig.data.images import make_folder, save_picture
+from pig.data.images import save_picture
 from pig.data.schema import Batch
 from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
 from pig.data.transforms import is_whole
 from pig.errors import InputError
-from pig.files import read_json, replacing_folder, write_text
+from pig.files import make_folder, read_json, replacing_folder, write_text
 from pig.models.backbone import base_digest, encode_images, encode_text, half_on, load_backbone
 from pig.sampling.delta import save_delta, step_folder
 from pig.sampling.text import TextPipeline

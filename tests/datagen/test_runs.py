@@ -21,13 +21,12 @@ from PIL import Image
 from data_gen import captions, masks, quality
 from data_gen.__main__ import run
 from data_gen.captions import Caption, make_captions
-from data_gen.errors import DiskFullError
-from data_gen.inspect import inspect
+from data_gen.inspect import inspect_shards
 from data_gen.run import complete, dry_run, generate, work
 from data_gen.samples import Sample, read_lines, write_samples
 from data_gen.shards import ShardMaker, samples_of, seed_of, shard_count, tar_of
 from pig.data.shards import decode_triplet, find_shards, read_shard
-from pig.errors import InputError
+from pig.errors import InputError, ending
 
 
 def test_stages_alone_from_disk_to_disk(tmp_path, capsys) -> None:
@@ -185,8 +184,12 @@ def test_a_full_disk_ends_with_a_message_and_counts_nothing(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(masks, "save_png", full)
-    with pytest.raises(DiskFullError, match=f"no space left on the disk of {tmp_path}"):
+    with pytest.raises(OSError, match="No space left") as full_disk:
         ShardMaker(config, "cpu").make(0)
+    assert ending(full_disk.value) == (
+        1,
+        f"error: the disk is full ({tmp_path}): make room and give the same command again; what was finished is kept",
+    )
     assert not complete(config, 0)
     assert not tar_of(tmp_path, 0).exists()
 
@@ -203,17 +206,17 @@ def test_dry_run_prints_the_plan_and_makes_nothing(tmp_path, capsys) -> None:
 
 
 def test_inspect_shows_what_is_there(made, tmp_path, capsys) -> None:
-    inspect(made, tmp_path)
+    inspect_shards(made, tmp_path)
     sheet = np.asarray(Image.open(tmp_path / "inspect.png"))
     assert (sheet == (255, 0, 255)).all(-1).any(), "no outline of a mask"
     page = (tmp_path / "inspect.html").read_text()
     assert "caption_score" in page
     assert "Contact sheet" in page
     with pytest.raises(InputError, match="no folder of shards"):
-        inspect(tmp_path / "none", tmp_path)
+        inspect_shards(tmp_path / "none", tmp_path)
     garbage = tmp_path / "garbage"
     shutil.copytree(made, garbage)
     for tar in garbage.glob("*.tar"):
         tar.write_bytes(b"x" * tar.stat().st_size)
     with pytest.raises(InputError, match="no triplet of .* can be read"):
-        inspect(garbage, tmp_path)
+        inspect_shards(garbage, tmp_path)
