@@ -16,7 +16,7 @@ from pathlib import Path
 from data_gen.config import load_config
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
-from pig.arguments import Parser, parse
+from pig.arguments import Parser, parse, refuse_empty
 from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError, check_ranges, run_command
 
@@ -97,6 +97,7 @@ def run_encode(arguments: list[str]) -> None:
     parser.add_argument("shards", nargs="+", type=str, help="folders, globs or brace patterns")
     parser.add_argument("--half", action="store_true", help="float16 instead of float32: half the space")
     parser.add_function_arguments(encode, as_positional=False, skip={"shards", "half"})
+    refuse_empty(arguments, "--out")
     chosen = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     encode(**chosen)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +37,7 @@ from data_gen.shards import (
 from pig.data.shards import ShardStats, rejections, sha256_of, stats_path
 from pig.errors import InputError
 from pig.executors import device_of, execute
-from pig.files import make_folder
+from pig.files import locked, make_folder
 
 console = Console()
 CARD = "README.md"
@@ -96,16 +94,6 @@ def work(config: DatagenConfig, numbers: Sequence[int]) -> Iterator[ShardReport 
 
 def _make_shards(config: DatagenConfig, device: str) -> Callable[[int], ShardReport]:
     return ShardMaker(config, device).make
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another run is writing to {out}; wait for it, or choose another output") from error
-        yield
 
 
 def stats_of(config: DatagenConfig, number: int) -> ShardStats | None:

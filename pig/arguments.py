@@ -8,6 +8,7 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -60,6 +61,8 @@ def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., A
         if parameter.kind is parameter.POSITIONAL_ONLY:
             positional.append(parameter.name)
         _add(parser, parameter.name, hint, parameter.default, helps[parameter.name], parameter.name in positional)
+    told_hints = {name: hint for kind in (*groups.values(), function) for name, hint in get_type_hints(kind).items()}
+    refuse_empty(words, *(f"--{name}" for name, hint in told_hints.items() if Path in (hint, *get_args(hint))))
     asked: dict[str, str] = {}  # flag -> control
     if SETTINGS in hints:
         asked = _add_controls(parser, words)
@@ -132,15 +135,36 @@ def _range(one: Control) -> str:
 def _named_model(words: Sequence[str]) -> str:
     """`--model` of the command line, else of a config file, else the embedded one."""
     model = TOYWORLD
-    flags = [word.partition("=") for word in words]
-    given = [
-        (flag, value if equals else next(iter(words[at + 1 :]), "")) for at, (flag, equals, value) in enumerate(flags)
-    ]
-    for config in [value for flag, value in given if flag == "--config"]:
-        try:
-            told = OmegaConf.to_container(OmegaConf.load(config))
-        except Exception as error:
-            raise InputError(f"--config {config}: {str(error).splitlines()[0]}") from error
+    for config in values_of(words, "--config"):
+        told = read_config(config)
         if isinstance(told, Mapping) and told.get("model"):
             model = str(told["model"])
-    return next((value for flag, value in reversed(given) if flag == "--model"), model)
+    return next(reversed(values_of(words, "--model")), model)
+
+
+def values_of(words: Sequence[str], *flags: str) -> list[str]:
+    """The words that follow any of these flags, as `--flag value` or `--flag=value`."""
+    parts = [word.partition("=") for word in words]
+    return [
+        value if equals else next(iter(words[at + 1 :]), "")
+        for at, (flag, equals, value) in enumerate(parts)
+        if flag in flags
+    ]
+
+
+def refuse_empty(words: Sequence[str], *flags: str) -> None:
+    """`--out ""`, as a shell makes it of an unset variable, would mean the working folder."""
+    for flag in flags:
+        if any(not value.strip() for value in values_of(words, flag)):
+            raise InputError(f"{flag} is empty: give a path")
+
+
+def read_config(file: str) -> Any:
+    """
+    Raises:
+        InputError: it cannot be read, is no YAML, or unfolds into more than any config holds.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:
+        raise InputError(f"--config {file}: {str(error).splitlines()[0]}") from error

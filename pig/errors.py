@@ -4,6 +4,7 @@ that end a run with a message."""
 from __future__ import annotations
 
 import errno
+import io
 import math
 import re
 import sys
@@ -75,6 +76,9 @@ def ending(error: BaseException) -> tuple[int, str] | None:
 def run_command(work: Callable[[], object]) -> None:
     """Do what a command line asks; where it ends by an error, exit with a message and a code: 2 for bad input, 1 for
     what the machine could not do, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no bars
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:

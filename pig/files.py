@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -31,6 +32,21 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the folder's lock; it is free again when the process ends, whatever ends it.
+
+    Raises:
+        InputError: another process holds it, and `wait` is off.
+    """
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is writing into {folder}: wait for it, or name another place") from error
+        yield
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`, whose place it takes when the block ends.
 
@@ -51,7 +67,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder: a path beside it for a new one, which takes its place when the block ends, with nothing of
     the old one in it."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; name another place") from error
     try:
         (aside / "new").mkdir()
         yield aside / "new"

@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from pig.arguments import read_config, refuse_empty, values_of
 from pig.data.modules import PersonalisationData
 from pig.errors import InputError, find_input_error
+from pig.files import locked, make_folder
 from pig.mistakes import PlainErrors
 from pig.training.checkpoints import load_checkpoint
 from pig.training.memory import print_memory
@@ -43,6 +46,10 @@ class CLI(LightningCLI):
     """LightningCLI in subclass mode with the omegaconf parser, so that configs may interpolate."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        words = sys.argv[1:] if args is None else args
+        refuse_empty(words, "--run", "--out", "--subjects")
+        for config in values_of(words, "--config", "-c"):
+            read_config(config)
         super().__init__(
             PersonalisationModule,
             PersonalisationData,
@@ -71,6 +78,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._refuse_a_used_folder()
+        self._lock_folder()
         if self.config["fit"].get("print_memory"):
             print_memory(self.model, self.datamodule, self.trainer)
 
@@ -88,6 +96,15 @@ class CLI(LightningCLI):
                     "--run"
                 )
 
+    def _lock_folder(self) -> None:
+        """Of the checkpoints: two runs at once would write one `last.ckpt`."""
+        if not self.trainer.is_global_zero:
+            return
+        named = [getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks]
+        for folder in {Path(one) for one in named if one is not None}:
+            make_folder(folder)
+            _locks.enter_context(locked(folder))
+
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint before any work. Lightning would lay its settings over those of config and command."""
         told = self.config.get(self.config.subcommand) or {} if self.config.get("subcommand") else {}
@@ -98,8 +115,22 @@ class CLI(LightningCLI):
         path = told.get("ckpt_path")
         if path and "://" in path:
             raise InputError(f"--ckpt_path {path}: an address; download the checkpoint and give the file")
-        if path and path not in ("last", "best", "hpc"):
+        if path == "hpc" or not path:
+            return
+        if path not in ("last", "best"):
             load_checkpoint(Path(path))
+            return
+        told_of = (told.get("trainer") or {}).get("callbacks") or []
+        named = [one["init_args"].get("dirpath") for one in told_of if "ModelCheckpoint" in one["class_path"]]
+        folders = list(dict.fromkeys(filter(None, named)))
+        kept = [file for folder in folders for file in sorted(Path(folder).glob("*.ckpt"))]
+        if not any(file.stem.startswith("last") == (path == "last") for file in kept):
+            raise InputError(f"--ckpt_path {path}: there is no such checkpoint in {', '.join(folders)}")
+        for file in kept:
+            load_checkpoint(file)
+
+
+_locks = ExitStack()  # held while a command runs
 
 
 def hush() -> None:
@@ -125,6 +156,12 @@ def run(args: list[str]) -> None:
         CLI()
     except SIGTERMException as error:
         raise StoppedError from error
+    except ValueError as error:
+        if "numpy accepts" in str(error):  # Lightning's only word on a seed
+            raise InputError(f"--seed_everything: {error}") from error
+        raise
+    finally:
+        _locks.close()
 
 
 class StoppedError(Exception):

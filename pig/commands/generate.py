@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pig.methods import Source, default_device, find_model, load_pipeline, pipel
 from pig.models.backbone import TOYWORLD
 from pig.sampling.delta import deltas_of, kept_steps
 
+log = logging.getLogger(__name__)
 CUTOUTS = "cutouts"  # the folder for `--save_references`
 
 
@@ -85,6 +87,11 @@ def generate(
         reference_cache=output.reference_cache,
     )
     pipeline = load_for(order, default_device() if workers.count == 1 else "cpu")
+    size = (output.height, output.width)
+    if pictures:
+        size = (pictures["image"].height, pictures["image"].width)
+    for doubt in pipeline.doubts([job.prompt for job in jobs], *size):
+        log.warning(doubt)
     manifest = MANIFEST if parts == 1 else f"manifest-{part}-of-{parts}.jsonl"
     draw_order(order, pipeline, jobs, batch_size=output.batch_size, manifest=manifest, workers=workers)
     if what.subjects is None:

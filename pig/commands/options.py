@@ -17,6 +17,8 @@ from pig.models.backbone import TOYWORLD
 from pig.models.foreground import DETECTOR, RembgModel, SegmenterName, make_segmenter
 from pig.sampling.inpainting import check_mask
 
+MOST_IMAGES = 100_000  # of a prompt
+
 
 @dataclass
 class Subjects:
@@ -63,8 +65,7 @@ class Subjects:
             raise InputError("--prompt: an empty prompt")
         if self.prompts is not None:
             raise InputError("--prompts is for --subjects")
-        templates = tuple(text.replace("{", "{{").replace("}", "}}") for text in self.prompt)
-        return [SubjectFolder("references", self.class_noun, tuple(self.references or ()), templates)]
+        return [SubjectFolder("references", self.class_noun, tuple(self.references or ()), tuple(self.prompt))]
 
     def pictures(self) -> dict[str, Image.Image]:
         """What inpainting gives the pipeline's call."""
@@ -140,6 +141,7 @@ class Output:
         for name in ("images_per_prompt", "batch_size", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(**{"--images_per_prompt": (self.images_per_prompt, 1, MOST_IMAGES)})
         if not 0 <= self.seed <= SEEDS - self.images_per_prompt:  # beyond, seeds would name the same pictures again
             raise InputError(f"--seed must lie between 0 and 2^32 - images_per_prompt, got {self.seed}")
         check_ranges(reference_cache=(self.reference_cache, 0, 4096))

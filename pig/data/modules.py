@@ -18,7 +18,7 @@ from pig.data.schema import Batch
 from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, read_shard
 from pig.data.subjects import read_subjects
 from pig.data.transforms import ReferenceAugmentation
-from pig.errors import InputError
+from pig.errors import InputError, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,9 @@ class TripletDataModule(PersonalisationData):
             raise InputError(f"data.resolution must be a multiple of 8, got {resolution}")
         if batch_size < 1 or shuffle_block < 1:
             raise InputError("data.batch_size and data.shuffle_block must be at least 1")
+        check_ranges(
+            **{"data.num_workers": (num_workers, 0, 1024), "data.max_bad_samples": (max_bad_samples, 0, 10**9)}
+        )
         self.shards, self.val_shards, self.predict_subjects = shards, val_shards, predict_subjects
         self.batch_size, self.resolution, self.num_workers = batch_size, resolution, num_workers
         self.augmentation = augmentation or ReferenceAugmentation()

@@ -115,12 +115,8 @@ def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[
         if not templates.get(kind):
             raise InputError(f"{listing} has no prompts under `{kind} Prompts`")
         for template in templates[kind]:
-            try:
-                fill_prompt(template, noun)
-            except (IndexError, KeyError, ValueError) as error:
-                raise InputError(
-                    f"{listing}: {template!r} may hold {{0}} (identifier) and {{1}} (class) only"
-                ) from error
+            if re.search("[{}]", template.replace("{0}", "").replace("{1}", "")):
+                raise InputError(f"{listing}: {template!r} may hold {{0}} (identifier) and {{1}} (class) only")
         subjects.append(SubjectFolder(name, noun, images, tuple(templates[kind])))
     if not subjects:
         raise InputError(f"{listing} names no subject (lines `subject,class`)")
@@ -175,7 +171,7 @@ def _classes(text: str, listing: Path) -> list[tuple[str, str]]:
 
 def fill_prompt(template: str, class_noun: str, identifier: str = "") -> str:
     """The prompt with the class noun, by default without an identifier, blanks collapsed."""
-    return " ".join(template.format(identifier, class_noun).split())
+    return " ".join(template.replace("{0}", identifier).replace("{1}", class_noun).split())
 
 
 def prompt_kind(template: str) -> Literal["scene", "accessory", "property"]:

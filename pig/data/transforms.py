@@ -22,6 +22,7 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 Background = Literal["white", "black", "own"]
+LEAST_PIXELS = 16  # of an object
 MAX_PIXELS = 80 * 10**6  # below PIL's own limit against decompression bombs; a picture of that size takes 320 MB
 # What PIL raises for files that are no pictures, or damaged ones (a broken PNG is a SyntaxError to it).
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -97,8 +98,11 @@ def cut_out(image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
         image = image.convert("RGB")
         image.putalpha(to_mask(mask))
     image = image.convert("RGBA")
-    if image.getchannel("A").getbbox() is None:
+    alpha = image.getchannel("A")
+    if alpha.getbbox() is None:
         raise InputError("the mask (or alpha channel) is empty: no object is left to refer to")
+    if (seen := sum(alpha.histogram()[1:])) < LEAST_PIXELS:
+        raise InputError(f"the mask (or alpha channel) leaves {seen} pixels: too few to refer to; correct it")
     return image
 
 

@@ -95,6 +95,10 @@ def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Ba
 
 def check_backbone(backbone: Backbone) -> None:
     """Refuse parts that load but do not belong together: a tokenizer without its files, a wrong prediction type."""
+    for part in (backbone.vae, backbone.text_encoder, backbone.unet):
+        absent = [name for name, one in part.named_parameters() if one.is_meta]
+        if absent:
+            raise InputError(f"the model's {type(part).__name__} lacks the weights {', '.join(absent[:3])}")
     words, known = len(backbone.tokenizer), backbone.text_encoder.config.vocab_size
     length, positions = backbone.tokenizer.model_max_length, backbone.text_encoder.config.max_position_embeddings
     if words > known or words < 0.9 * known or length > positions:

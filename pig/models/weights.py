@@ -49,7 +49,7 @@ def copy_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor], where: 
         where: they come from. otherwise: what to do where they do not fit, for the message.
 
     Raises:
-        InputError: names or shapes differ.
+        InputError: names or shapes differ; a number is not finite.
     """
     if own.keys() != given.keys():
         odd = sorted(own.keys() ^ given.keys())
@@ -59,4 +59,6 @@ def copy_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor], where: 
             if tensor.shape != given[name].shape:
                 shapes = f"has shape {tuple(given[name].shape)}, wanted is {tuple(tensor.shape)}"
                 raise InputError(f"{where}: {name} {shapes}. {otherwise}")
+            if not given[name].isfinite().all():
+                raise InputError(f"{where}: {name} holds numbers that are not finite (NaN): the training went wrong")
             tensor.copy_(given[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -15,6 +16,8 @@ from pig.models.backbone import encode_images, tokenize, vae_scale
 from pig.sampling.call import Call, Condition
 from pig.sampling.settings import SamplingSettings
 from pig.sampling.storing import StoredPipeline
+
+FEW_WORDS = 1000  # of a vocabulary that can be listed
 
 
 class EncodingPipeline(StoredPipeline):
@@ -36,6 +39,26 @@ class EncodingPipeline(StoredPipeline):
         limit = self.tokenizer.model_max_length - 2  # the begin and the end
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return self.tokenizer.decode(ids[limit:])
+
+    def doubts(self, prompts: Sequence[str], height: int | None, width: int | None) -> list[str]:
+        """What to say before drawing: words that a small model has never seen, and a size far above its own."""
+        found = []
+        words = [word.removesuffix("</w>") for word in self.tokenizer.get_vocab() if re.fullmatch(r"\w+</w>", word)]
+        if len(words) < FEW_WORDS:
+            told = {word for prompt in prompts for word in re.findall(r"[a-z]+", prompt.lower())}
+            if unknown := sorted(told - set(words)):
+                # Without the ends of longer words, which a vocabulary holds as well.
+                whole = [word for word in words if len(word) > 2 and sum(one.endswith(word) for one in words) == 1]
+                known = ", ".join(sorted(whole))
+                found.append(f"this model has never seen the word(s) {', '.join(unknown[:10])}; it knows: {known}")
+        native = self.native_size
+        height, width = height or native, width or native
+        if (times := height * width / native**2) >= 4:
+            found.append(
+                f"{width}x{height} is {times:.0f} times the area that this model was trained at ({native}x{native}): a "
+                "picture takes at least so many times as long, and may show the subject several times"
+            )
+        return found
 
     def encode_prompts(self, call: Call, settings: SamplingSettings) -> dict[str, Tensor]:
         """The text of each branch, (B, L, D): the prompt for `text_im`, the empty or negative prompt for the others."""

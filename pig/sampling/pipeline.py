@@ -228,7 +228,7 @@ class SubjectPipeline(EncodingPipeline):
             raise InputError(f"inpainting keeps the picture's size {image.size}; leave height and width away")
         cutouts = cut_outs_of(prompts, references, segment) if self.reads_references else [[] for _ in prompts]
         for cut in filter(None, map(self.cut_off, dict.fromkeys(prompts))):
-            log.warning("the prompt is too long, its end is not read: %r", cut)
+            log.warning("the prompt is too long, its end is not read: %r%s", cut[:80], " ..." if cut[80:] else "")
 
         count, factor = len(prompts) * num_images_per_prompt, vae_scale(self.vae)
         shape = (count, self._unet.config.in_channels, height // factor, width // factor)
@@ -291,6 +291,11 @@ class SubjectPipeline(EncodingPipeline):
         return on_step
 
     def _output(self, latents: Tensor, known: KnownRegion | None, output_type: OutputType) -> Any:
+        if not latents.isfinite().all():
+            raise InputError(
+                "the model has drawn numbers that are not finite (NaN): its weights are damaged, or too large for half "
+                "precision (try float32)"
+            )
         if output_type == "latent":
             return latents
         images = torch.cat([decode_latents(self.vae, one) for one in latents.split(1)])  # one at a time: memory

@@ -143,7 +143,7 @@ class PersonalisationModule(MicroBatchedModule):
         """Load trainable weights.
 
         Raises:
-            InputError: the names differ from the trainable ones; says which.
+            InputError: the names or shapes differ from those of the trainable weights; a number is not finite.
         """
         wanted, given = set(self.trainable()), set(state_dict)
         if wanted != given:
@@ -156,6 +156,11 @@ class PersonalisationModule(MicroBatchedModule):
                 raise InputError(
                     f"{name}: the checkpoint has shape {tuple(state_dict[name].shape)}, the base model "
                     f"{tuple(parameter.shape)}: it was trained on another base model"
+                )
+            if not state_dict[name].isfinite().all():
+                raise InputError(
+                    f"the checkpoint's {name} holds numbers that are not finite (NaN): go on from an earlier one, with "
+                    "lower learning rates"
                 )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 

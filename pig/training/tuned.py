@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pig.data.schema import Batch
 from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
 from pig.data.transforms import is_whole
 from pig.errors import InputError
-from pig.files import make_folder, read_json, replacing_folder, write_text
+from pig.files import locked, make_folder, read_json, replacing_folder, write_text
 from pig.models.backbone import base_digest, encode_images, encode_text, half_on, load_backbone
 from pig.sampling.delta import save_delta, step_folder
 from pig.sampling.text import TextPipeline
@@ -151,7 +149,7 @@ def draw_class_pictures(
     """
     folder = wanted.of(noun)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, wait=True):
         missing = [number for number, file in enumerate(wanted.files(noun)) if not is_whole(file)]
         how = {"prompt": class_prompt(noun), "steps": wanted.steps, "text_guidance": settings.get("text_guidance")}
         told = read_json(folder / TOLD, "") if (folder / TOLD).is_file() else None
@@ -194,11 +192,3 @@ def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any],
             f"{folder} holds class pictures that were drawn with {other[0]}={told.get(other[0])!r}, now "
             f"{how[other[0]]!r}: give another data.prior.folder"
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the folder."""
-    with (folder / ".lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
