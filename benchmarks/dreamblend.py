@@ -261,7 +261,7 @@ def compare(out: Path, tuned: Path, subjects: list[SubjectFolder], steps: list[i
             cell.axis("off")
             cell.imshow(Image.open(path))
             cell.set_title(title if line == 0 else "", fontsize=9)
-        cells[1].text(0, 66, subject.prompts[which], fontsize=8, va="top")
+        cells[1].text(0, 66, subject.prompts[which], fontsize=8, va="top", in_layout=False)
     plot.savefig(tuned.parent / "pictures.png", dpi=110)
     pyplot.close(plot)
     for step in (early, late):

@@ -16,9 +16,11 @@ from pathlib import Path
 from data_gen.config import load_config
 from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
-from pig.arguments import Parser, parse, refuse_empty
+from pig.arguments import Parser, parse
 from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError, check_ranges, run_command
+from pig.mistakes import refuse_empty
+from pig.models.foreground import CuttingOut
 
 COMMANDS = ("triplets", "subjects", "photos", "inspect")
 SIZES = (8, 4096)  # sides of a picture, in pixels
@@ -50,11 +52,12 @@ def subjects(out: Path, count: int = 24, size: int = 64) -> None:
     draw_subjects(out, count, size)
 
 
-def photos(photos: Path, out: Path, object: str, size: int = 512) -> None:
-    """Pack photographs with masks into triplet shards.
+def photos(photos: Path, out: Path, object: str, size: int = 512, cutting_out: CuttingOut | None = None) -> None:
+    """Pack photographs into triplet shards.
 
     Args:
-        photos: folder of pictures, with `NAME.mask.png` beside each (or RGBA), and `NAME.txt` with its caption.
+        photos: folder of pictures; of each one the object is what its own transparency leaves, else `NAME.mask.png`
+            beside it, else what the segmenter finds. `NAME.txt` may hold its caption.
         out: folder for the shards.
         object: what the pictures show, such as "dog".
         size: shorter side of the packed pictures in pixels.
@@ -62,7 +65,7 @@ def photos(photos: Path, out: Path, object: str, size: int = 512) -> None:
     check_ranges(**{"--size": (size, *SIZES)})
     if not object.strip():
         raise InputError("--object is empty: say what the pictures show, such as dog")
-    pack_photos(photos, out, object, size)
+    pack_photos(photos, out, object, size, segment=(cutting_out or CuttingOut()).make())
 
 
 def encode(

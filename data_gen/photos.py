@@ -13,12 +13,20 @@ from tqdm import tqdm
 from data_gen.folders import claim_for
 from pig.data.schema import Triplet
 from pig.data.shards import write_shard
-from pig.data.subjects import PICTURES, is_picture, load_cutout, mask_path
+from pig.data.subjects import PICTURES, Segment, is_picture, load_cutout, mask_path
 from pig.errors import InputError
 
 
-def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shard: int = 1000) -> None:
-    """Write shards from `photos/**/NAME.jpg` (or png, webp) with `NAME.mask.png`, or RGBA pictures.
+def pack_photos(
+    photos: Path,
+    out: Path,
+    object_: str,
+    size: int = 512,
+    per_shard: int = 1000,
+    segment: Segment | None = None,
+) -> None:
+    """Write shards from `photos/**/NAME.jpg` (or png, webp) with `NAME.mask.png`, or RGBA pictures; the object of one
+    without either is found by `segment`.
 
     The caption is `NAME.txt` where there is one, else "a photo of a OBJECT". Pictures are shrunk to `size` pixels at
     their shorter side. One that does not decode is left out, counted by reason and named.
@@ -31,11 +39,13 @@ def pack_photos(photos: Path, out: Path, object_: str, size: int = 512, per_shar
         raise InputError(f"no photographs in {photos} (looked for {', '.join(PICTURES)} in all its folders)")
     names = hashlib.sha256("".join(f"{one.relative_to(photos)} {one.stat().st_size}\n" for one in paths).encode())
     of = {"object": object_, "size": size, "per_shard": per_shard}
+    if segment is not None:
+        of["segmenter"] = segment.identity
     claim_for(out, "photos", photographs=len(paths), names=names.hexdigest()[:16], **of)
     total = 0
     for number, start in enumerate(range(0, len(paths), per_shard)):
         rejected: Counter[str] = Counter()
-        triplets = _triplets(start, paths[start : start + per_shard], photos, object_, size, rejected)
+        triplets = _triplets(start, paths[start : start + per_shard], photos, object_, size, rejected, segment)
         total += write_shard(out / f"train-{number:06d}.tar", triplets, rejected).count
     if not total:
         raise InputError(f"none of {len(paths)} photographs in {photos} could be used; the reasons stand above")
@@ -56,18 +66,24 @@ def caption_of(photo: Path) -> str:
 
 
 def _triplets(
-    first: int, paths: list[Path], root: Path, object_: str, size: int, rejected: Counter[str]
+    first: int,
+    paths: list[Path],
+    root: Path,
+    object_: str,
+    size: int,
+    rejected: Counter[str],
+    segment: Segment | None,
 ) -> Iterator[Triplet]:
     for number, path in enumerate(tqdm(paths, desc="photographs"), start=first):
         try:
-            cutout = load_cutout(path)
+            cutout = load_cutout(path, segment, object_)
         except InputError as error:
             rejected["unreadable"] += 1
             tqdm.write(f"left out: {error}")
             continue
         if cutout.getchannel("A").getextrema() == (255, 255):
             rejected["no mask"] += 1
-            tqdm.write(f"left out: {path} has no {mask_path(path).name} beside it and no transparency")
+            tqdm.write(f"left out: {path} has neither {mask_path(path).name} nor transparency: give --segmenter")
             continue
         rgb, alpha = cutout.convert("RGB"), cutout.getchannel("A")
         if (ratio := size / min(cutout.size)) < 1:
@@ -87,5 +103,11 @@ def _triplets(
             reference=reference,
             caption=caption or f"a photo of a {object_}",
             object=object_,
-            metadata={"source": str(path.relative_to(root)), "models": {"image": "photograph", "mask": "given"}},
+            metadata={
+                "source": str(path.relative_to(root)),
+                "models": {
+                    "image": "photograph",
+                    "mask": "given" if segment is None else f"given, else {segment.identity}",
+                },
+            },
         )

@@ -13,11 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
-from omegaconf import OmegaConf
 
-from pig.errors import InputError
 from pig.methods import FORMS, find_model, pipeline_class
-from pig.mistakes import PlainErrors
+from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
 from pig.models.backbone import TOYWORLD
 from pig.sampling.settings import Control, controls
 
@@ -140,31 +138,3 @@ def _named_model(words: Sequence[str]) -> str:
         if isinstance(told, Mapping) and told.get("model"):
             model = str(told["model"])
     return next(reversed(values_of(words, "--model")), model)
-
-
-def values_of(words: Sequence[str], *flags: str) -> list[str]:
-    """The words that follow any of these flags, as `--flag value` or `--flag=value`."""
-    parts = [word.partition("=") for word in words]
-    return [
-        value if equals else next(iter(words[at + 1 :]), "")
-        for at, (flag, equals, value) in enumerate(parts)
-        if flag in flags
-    ]
-
-
-def refuse_empty(words: Sequence[str], *flags: str) -> None:
-    """`--out ""`, as a shell makes it of an unset variable, would mean the working folder."""
-    for flag in flags:
-        if any(not value.strip() for value in values_of(words, flag)):
-            raise InputError(f"{flag} is empty: give a path")
-
-
-def read_config(file: str) -> Any:
-    """
-    Raises:
-        InputError: it cannot be read, is no YAML, or unfolds into more than any config holds.
-    """
-    try:
-        return OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:
-        raise InputError(f"--config {file}: {str(error).splitlines()[0]}") from error

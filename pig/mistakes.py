@@ -1,11 +1,13 @@
-"""A parser's mistakes in plain words: what is wrong, and what may have been meant; the whole usage is for `--help`."""
+"""Mistakes on the command line, in plain words: what is wrong, and what may have been meant."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+from omegaconf import OmegaConf
 
 from pig.errors import InputError
 
@@ -65,3 +67,31 @@ def kind_of(told: str) -> str:
     if found := re.search(r"Literal\[(.*)\]", told):
         return f"one of {found[1]}"
     return KINDS.get(told, told)
+
+
+def values_of(words: Sequence[str], *flags: str) -> list[str]:
+    """The words that follow any of these flags, as `--flag value` or `--flag=value`."""
+    parts = [word.partition("=") for word in words]
+    return [
+        value if equals else next(iter(words[at + 1 :]), "")
+        for at, (flag, equals, value) in enumerate(parts)
+        if flag in flags
+    ]
+
+
+def refuse_empty(words: Sequence[str], *flags: str) -> None:
+    """`--out ""`, as a shell makes it of an unset variable, would mean the working folder."""
+    for flag in flags:
+        if any(not value.strip() for value in values_of(words, flag)):
+            raise InputError(f"{flag} is empty: give a path")
+
+
+def read_config(file: str) -> Any:
+    """
+    Raises:
+        InputError: it cannot be read, is no YAML, or unfolds into more than any config holds.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:
+        raise InputError(f"--config {file}: {str(error).splitlines()[0]}") from error

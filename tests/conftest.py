@@ -19,6 +19,7 @@ from pig.data.schema import Batch
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 from pig.models.backbone import half_is_fast
+from pig.models.foreground import CuttingOut
 
 pytest_plugins = ["benches", "chains", "drawing"]  # their fixtures
 
@@ -55,7 +56,7 @@ def generate(out: Path, model: str = "toyworld", **flags: Any) -> None:
         name: kind(**{one.name: flags.pop(one.name) for one in dataclasses.fields(kind) if one.name in flags})
         for name, kind in (
             ("what", options.Subjects),
-            ("cutting_out", options.CuttingOut),
+            ("cutting_out", CuttingOut),
             ("output", options.Output),
         )
     }

@@ -13,11 +13,12 @@ from transformers import CLIPTokenizer
 
 from pig.attention.maps import recording, word_maps
 from pig.commands.generate import cut_out_all
-from pig.commands.options import CuttingOut, Subjects
+from pig.commands.options import Subjects
 from pig.errors import InputError
 from pig.files import make_folder, replacing
 from pig.methods import find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD, tokenize
+from pig.models.foreground import CuttingOut
 
 
 def attention(

@@ -15,11 +15,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from pig.arguments import read_config, refuse_empty, values_of
 from pig.data.modules import PersonalisationData
 from pig.errors import InputError, find_input_error
 from pig.files import locked, make_folder
-from pig.mistakes import PlainErrors
+from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
 from pig.training.checkpoints import load_checkpoint
 from pig.training.memory import print_memory
 from pig.training.module import PersonalisationModule

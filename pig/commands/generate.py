@@ -10,14 +10,14 @@ from typing import Any
 from PIL import Image
 
 from pig.commands.drawing import Order, Workers, draw_order, load_for
-from pig.commands.options import CuttingOut, Output, Subjects
+from pig.commands.options import Output, Subjects
 from pig.data.images import MANIFEST, Job
 from pig.data.subjects import Segment, SubjectFolder, load_cutout
-from pig.data.transforms import reference_picture
 from pig.errors import InputError
 from pig.files import make_folder
 from pig.methods import Source, default_device, find_model, load_pipeline, pipeline_class
 from pig.models.backbone import TOYWORLD
+from pig.models.foreground import CuttingOut
 from pig.sampling.delta import deltas_of, kept_steps
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def generate(
     mine = list(dict.fromkeys(job.subject for job in jobs))
     cutouts: dict[str, list[Image.Image]] = {subject.name: [] for subject in mine}
     if kind.reads_references:
-        saved = out if cutting_out.save_references else None
+        saved = out if output.save_references else None
         cutouts = cut_out_all(mine, what.references_per_subject, cutting_out.make(), saved)
     deltas = deltas_of_subjects(source, mine, what)
     workers = Workers(output.workers, output.executor, output.threads)
@@ -136,7 +136,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def cut_out_all(
     subjects: Sequence[SubjectFolder], count: int | None, segment: Segment | None = None, out: Path | None = None
 ) -> dict[str, list[Image.Image]]:
-    """Subject -> RGBA cut-outs of its first `count` pictures; on white into `out`, where given."""
+    """Subject -> RGBA cut-outs of its first `count` pictures; into `out`, too, where given."""
     if count is not None and count < 1:
         raise InputError(f"--references_per_subject must be at least 1, got {count}")
     found: dict[str, list[Image.Image]] = {}
@@ -153,7 +153,7 @@ def cut_out_all(
             if out is not None:
                 shown = out / CUTOUTS / subject.name / f"{number:02d}_{path.stem}.png"
                 make_folder(shown.parent)
-                reference_picture(cutout, max(cutout.size)).save(shown)
+                cutout.save(shown)
     if mistakes:
         more = f" (and {len(mistakes) - 5} more)" if len(mistakes) > 5 else ""
         raise InputError("\n".join(mistakes[:5]) + more)

@@ -7,14 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from pig.data.images import SEEDS
-from pig.data.subjects import Segment, SubjectFolder, read_subjects
+from pig.data.images import REFERENCES, SEEDS
+from pig.data.subjects import SubjectFolder, plain_prompts, read_subjects
 from pig.data.transforms import load_image
 from pig.errors import InputError, check_ranges
 from pig.executors import ExecutorName
-from pig.methods import default_device
-from pig.models.backbone import TOYWORLD
-from pig.models.foreground import DETECTOR, RembgModel, SegmenterName, make_segmenter
 from pig.sampling.inpainting import check_mask
 
 MOST_IMAGES = 100_000  # of a prompt
@@ -32,7 +29,10 @@ class Subjects:
     subjects: Path | None = None
     """In place of references and prompt: a folder of subjects in DreamBooth's layout."""
     prompts: Path | None = None
-    """For --subjects: the prompts file, by default the folder's own `prompts_and_classes.txt`."""
+    """A text file, a prompt a line; for --subjects also one like `prompts_and_classes.txt`, by default the folder's
+    own."""
+    only: list[str] | None = None
+    """For --subjects: some of them, by their folders' names."""
     step: int | None = None
     """For a model made by `tune`: which of the kept steps; by default the last one."""
     early: int | None = None
@@ -58,14 +58,20 @@ class Subjects:
                 raise InputError(
                     "--subjects has references and prompts of its own; leave --references, --prompt, --image"
                 )
-            return read_subjects(self.subjects, self.prompts)
+            return read_subjects(self.subjects, self.prompts, self.only)
+        if self.only is not None:
+            raise InputError("--only is for --subjects")
+        if self.prompt and self.prompts:
+            raise InputError("give --prompt or --prompts")
+        if self.prompts is not None:
+            self.prompt = plain_prompts(self.prompts)
         if not self.prompt or (reads_references and not self.references):
-            raise InputError("give --references and --prompt; or --subjects, for a whole benchmark")
+            raise InputError(
+                "give --references and --prompt (or --prompts, a file); or --subjects, for a whole benchmark"
+            )
         if not all(text.strip() for text in self.prompt):
             raise InputError("--prompt: an empty prompt")
-        if self.prompts is not None:
-            raise InputError("--prompts is for --subjects")
-        return [SubjectFolder("references", self.class_noun, tuple(self.references or ()), tuple(self.prompt))]
+        return [SubjectFolder(REFERENCES, self.class_noun, tuple(self.references or ()), tuple(self.prompt))]
 
     def pictures(self) -> dict[str, Image.Image]:
         """What inpainting gives the pipeline's call."""
@@ -76,38 +82,6 @@ class Subjects:
         image, mask = load_image(self.image).convert("RGB"), load_image(self.mask)
         check_mask(image, mask)
         return {"image": image, "mask_image": mask}
-
-
-@dataclass
-class CuttingOut:
-    """How the references' objects are found."""
-
-    segmenter: SegmenterName = "none"
-    """none (the picture is taken as it is), sam, grounded-sam (needs a class noun) or rembg."""
-    sam: str = TOYWORLD
-    """`toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
-    detector: str = DETECTOR
-    """Of grounded-sam: a Grounding DINO in transformers' format."""
-    box: list[float] | None = None
-    """For sam: where the object is, x0 y0 x1 y1 in pixels (all references alike)."""
-    point: list[float] | None = None
-    """For sam: x y of a pixel of the object."""
-    rembg_model: RembgModel = "isnet-general-use"
-    """Of rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
-    rembg fetches it at the first use."""
-    save_references: bool = False
-    """Write what was cut out into `OUT/cutouts`."""
-
-    def make(self) -> Segment | None:
-        return make_segmenter(
-            self.segmenter,
-            sam=self.sam,
-            detector=self.detector,
-            box=self.box,
-            point=self.point,
-            rembg_model=self.rembg_model,
-            device=default_device(),
-        )
 
 
 @dataclass
@@ -134,6 +108,8 @@ class Output:
     """CPU threads of each of several workers."""
     reference_cache: float = 0.0
     """GiB of memory for what was read of references, to be used again."""
+    save_references: bool = False
+    """Write what was cut out of the references into `OUT/cutouts`: transparent PNGs, which `data_gen photos` packs."""
     save_loops: bool = False
     """Of a method that draws in loops: write each loop's picture into `OUT/loops`."""
 

@@ -105,6 +105,29 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return {file: json.loads(text) for text in texts if (file := _line_of(text)) is not None}
 
 
+REFERENCES = "references"  # the subject's name where pictures of one are given by themselves
+
+
+def drawn_subject(references: Sequence[Path], images: Path, class_noun: str = "") -> SubjectFolder:
+    """The subject of these pictures, with the prompts under which `generate --references` has drawn `images`.
+
+    Raises:
+        InputError: the folder's manifest tells no prompts.
+    """
+    prompts: dict[int, str] = {}
+    for file, line in read_manifest(images).items():
+        name, _, rest = file.partition("/")
+        if name == REFERENCES and rest.partition("/")[0].isdigit():
+            prompts[int(rest.partition("/")[0])] = str(line.get("prompt"))
+    if sorted(prompts) != list(range(len(prompts))) or not prompts:
+        raise InputError(
+            f"{images} has no {MANIFEST} that tells its prompts: `generate --references` makes such; a folder of "
+            "another origin is scored with --subjects"
+        )
+    templates = tuple(prompts[index] for index in sorted(prompts))
+    return SubjectFolder(REFERENCES, class_noun, tuple(references), templates)
+
+
 @dataclass(frozen=True)
 class Generated:
     """A generated image, made by anything. `seed`: what its file is called, a number for ours."""

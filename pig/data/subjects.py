@@ -88,24 +88,38 @@ def find_object(image: Image.Image, mask: Image.Image | None, segment: Segment |
     return cut_out(image, mask)
 
 
-def read_subjects(folder: str | Path, prompts_file: Path | None = None) -> list[SubjectFolder]:
+def read_subjects(
+    folder: str | Path, prompts_file: Path | None = None, only: Sequence[str] | None = None
+) -> list[SubjectFolder]:
     """All subjects, in the order of the prompts file.
 
-    prompts_file: instead of the folder's own `prompts_and_classes.txt`.
+    Args:
+        prompts_file: instead of the folder's own `prompts_and_classes.txt`; or a prompt a line, for all subjects.
+        only: the names of some subjects.
 
     Raises:
-        InputError: no such folder or prompts file, or a subject without pictures.
+        InputError: no such folder, prompts file or subject, or a subject without pictures.
     """
     folder = Path(folder)
     listing = prompts_file or folder / PROMPTS_FILE
     if not folder.is_dir():
         raise InputError(f"there is no subjects folder {folder}")
     text = _read_text(listing, folder)
-    classes = _classes(text, listing)
     templates = {
         kind: re.findall(r"""^['"](.+?)['"]\.format""", section, re.MULTILINE)
         for kind, section in re.findall(r"^(Object|Live Subject) Prompts$(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     }
+    if prompts_file is not None and not re.search(r"^(\w+ )*Prompts$", text, re.MULTILINE):
+        templates = dict.fromkeys(("Object", "Live Subject"), plain_prompts(prompts_file))
+        listing = folder / PROMPTS_FILE
+        text = _read_text(listing, folder)
+    classes = _classes(text, listing)
+    if unknown := set(only or ()) - {name for name, _ in classes}:
+        raise InputError(
+            f"--only {sorted(unknown)[0]}: {listing} names no such subject; it has "
+            f"{', '.join(name for name, _ in classes)}"
+        )
+    classes = [(name, noun) for name, noun in classes if only is None or name in only]
     subjects = []
     for name, noun in classes:
         images = tuple(path for path in sorted((folder / name).glob("*")) if is_picture(path))
@@ -147,11 +161,23 @@ def read_subject(folder: Path, class_noun: str = "") -> SubjectFolder:
     return SubjectFolder(folder.name, class_noun.strip(), images, ())
 
 
+def plain_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one a line; `{0}` and `{1}` stand for identifier and class noun.
+
+    Raises:
+        InputError: it cannot be read, or holds no prompt.
+    """
+    lines = _read_text(file, file.parent).splitlines()
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise InputError(f"{file} holds no prompt")
+    return found
+
+
 def _read_text(listing: Path, folder: Path) -> str:
     try:
         return listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder} is no subjects folder: cannot read {listing} ({error})") from error
+        raise InputError(f"cannot read {listing} of {folder}: {error}") from error
 
 
 def _classes(text: str, listing: Path) -> list[tuple[str, str]]:

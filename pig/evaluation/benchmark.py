@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pig.data.images import drawn_subject
 from pig.data.subjects import Segment, SubjectFolder, read_subjects
 from pig.errors import InputError, check_ranges
 from pig.evaluation.checks import check, missing_message, some
@@ -142,11 +143,32 @@ class Scorer:
         )
 
 
+def subjects_of(
+    images: Path,
+    subjects: Path | None,
+    references: list[Path] | None,
+    class_noun: str,
+    prompts: Path | None,
+    only: list[str] | None,
+) -> list[SubjectFolder]:
+    """Whose pictures are scored, as `evaluate` is told."""
+    if subjects is not None and references is None:
+        return read_subjects(subjects, prompts, only)
+    if references is None or subjects is not None:
+        raise InputError("give --subjects, a benchmark's folder, or --references, the pictures that were drawn from")
+    if prompts is not None or only is not None:
+        raise InputError("--prompts and --only are for --subjects")
+    return [drawn_subject(references, images, class_noun)]
+
+
 def evaluate(
     images: Path,
-    subjects: Path,
     out: Path,
+    subjects: Path | None = None,
+    references: list[Path] | None = None,
+    class_noun: str = "",
     prompts: Path | None = None,
+    only: list[str] | None = None,
     protocol: ProtocolName = "dreambooth",
     clip: str = "toyworld",
     dino: str = "toyworld",
@@ -163,10 +185,13 @@ def evaluate(
 
     Args:
         images: `SUBJECT/PROMPT_INDEX/SEED.png`, made by anything.
-        subjects: a folder of subjects in DreamBooth's layout.
         out: where the results go. What the networks saw is kept in it: a second run takes seconds, a stopped one
             goes on.
+        subjects: a folder of subjects in DreamBooth's layout.
+        references: in place of --subjects: the pictures from which `generate --references` has drawn.
+        class_noun: for --references and grounded-sam: what they show.
         prompts: the prompts file, by default the subjects folder's own `prompts_and_classes.txt`.
+        only: some of the subjects, by their folders' names.
         protocol: the rules of scoring; the others are known deviations, to compare with who deviates.
         clip: `toyworld`; a folder in transformers' or open_clip's format; a hub id; `open_clip:MODEL/WEIGHTS`.
         dino: `toyworld`; a folder in transformers' or timm's format; a hub id; `timm:MODEL`.
@@ -185,7 +210,7 @@ def evaluate(
     )
     if out.resolve().is_relative_to(images.resolve()):
         raise InputError(f"--out: {out} lies in the images folder {images}: give one outside of it")
-    known, rules = read_subjects(subjects, prompts), protocol_named(protocol)
+    rules, known = protocol_named(protocol), subjects_of(images, subjects, references, class_noun, prompts, only)
     # Told before the networks are loaded, which may take long.
     for folder in (images, *([text_only] if text_only else [])):
         _, _, missing = check(folder, known, images_per_prompt if folder == images else None)
@@ -210,6 +235,11 @@ def evaluate(
     found = scorer.networks["dino"]["network"]
     if found != f"ViT, patches of {rules.dino_patch}":
         result.notes.append(f"{protocol} means DINO ViT-S/{rules.dino_patch}; this is a {found}")
+    keep_result(result, out)
+
+
+def keep_result(result: Result, out: Path) -> None:
+    """Into files, and a summary onto the screen."""
     result.write(out)
     write_tables([result], out)
     write_report([result], out)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pig.data.subjects import Segment
@@ -59,6 +61,36 @@ def make_segmenter(
     if name == "grounded-sam":
         return GroundedSamSegmenter(sam, detector, device)
     return RembgSegmenter(rembg_model) if name == "rembg" else None
+
+
+@dataclass
+class CuttingOut:
+    """How the object of a picture is found."""
+
+    segmenter: SegmenterName = "none"
+    """none (the picture is taken as it is), sam, grounded-sam (needs a class noun) or rembg."""
+    sam: str = "toyworld"
+    """`toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
+    detector: str = DETECTOR
+    """Of grounded-sam: a Grounding DINO in transformers' format."""
+    box: list[float] | None = None
+    """For sam: where the object is, x0 y0 x1 y1 in pixels (all pictures alike)."""
+    point: list[float] | None = None
+    """For sam: x y of a pixel of the object."""
+    rembg_model: RembgModel = "isnet-general-use"
+    """Of rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
+    rembg fetches it at the first use."""
+
+    def make(self) -> Segment | None:
+        return make_segmenter(
+            self.segmenter,
+            sam=self.sam,
+            detector=self.detector,
+            box=self.box,
+            point=self.point,
+            rembg_model=self.rembg_model,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
 
 
 class SamSegmenter:

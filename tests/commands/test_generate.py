@@ -327,7 +327,7 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
     noisy.resize((300, 2)).save(strip)
     one = ["--references", str(picture), "--prompt", "a mug"]
     for arguments, message in [
-        ([], "give --references and --prompt; or --subjects"),
+        ([], "give --references and --prompt (or --prompts, a file); or --subjects"),
         (["--references", str(tmp_path / "none.png"), "--prompt", "a"], "cannot read image"),
         (["--references", str(torn), "--prompt", "a"], "cannot read image"),
         (["--references", str(huge), "--prompt", "a"], "more than 80 megapixels"),
