@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,16 +13,14 @@ from torch import Tensor
 from pig.data.transforms import reference_picture, to_tensor
 from pig.models.backbone import encode_images, tokenize, vae_scale
 from pig.sampling.call import Call, Condition
+from pig.sampling.offload import OffloadingPipeline
 from pig.sampling.settings import SamplingSettings
-from pig.sampling.storing import StoredPipeline
 
 FEW_WORDS = 1000  # of a vocabulary that can be listed
 
 
-class EncodingPipeline(StoredPipeline):
+class EncodingPipeline(OffloadingPipeline):
     """A pipeline on a base model's VAE, text encoder and tokenizer."""
-
-    denoiser: ClassVar[str] = "unet"  # the component that draws
 
     @property
     def _unet(self) -> UNet2DConditionModel:

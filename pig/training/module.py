@@ -18,9 +18,9 @@ from pig.data.images import Job
 from pig.data.schema import Batch
 from pig.errors import InputError, check_named
 from pig.models.backbone import encode_images, encode_text, encoders_digest, half_is_fast, inputs_told, load_backbone
+from pig.models.compiled import compile_blocks
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.checkpoints import WholeCheckpoints
-from pig.training.compiled import compile_blocks
 from pig.training.optimizers import OptimizerName, Schedule, adamw, lay_out
 from pig.training.step import MicroBatchedModule
 

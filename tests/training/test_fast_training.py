@@ -25,8 +25,8 @@ from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.methods import module_class
 from pig.methods.bootpig import BootPIG
+from pig.models.compiled import compile_blocks
 from pig.training.callbacks import ProgressBar
-from pig.training.compiled import compile_blocks
 from pig.training.memory import memory_table
 from pig.training.optimizers import adamw, lay_out
 

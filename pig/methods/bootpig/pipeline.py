@@ -140,7 +140,14 @@ class BootPIGPipeline(SubjectPipeline):
     def model_options(self) -> dict[str, Any]:
         return {name: self.config[name] for name in ("reference_key_scale", "reference_timestep")}
 
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The one that draws, as LoRAs of the base model mean it."""
+        return self.base_unet
+
     def condition(self, call: Call, settings: BootPIGSettings) -> BootPIGCondition:
+        if settings.deep_every > 1 and self.is_offloaded:
+            raise InputError("deep_every keeps features of layers that offloading moves away: set it to 1")
         side = max(call.height, call.width)
         # What the Reference UNet finds depends on pictures and caption: prompts that share both share one pass.
         asked = [

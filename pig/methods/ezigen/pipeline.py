@@ -132,6 +132,7 @@ class EZIGenPipeline(SubjectPipeline):
     """
 
     method = "ezigen"
+    resident = ("adapters",)
     Settings = EZIGenSettings
     without_references: ClassVar = {"adapter_scale": 0.0, "scheduler": "unipc"}
     has_loops = True

@@ -59,6 +59,7 @@ class InstantBoothPipeline(SubjectPipeline):
     """
 
     method = "instantbooth"
+    resident = ("concept",)
     Settings = InstantBoothSettings
     network: InstantBoothNet
 

@@ -52,6 +52,7 @@ class IPAdapterPipeline(SubjectPipeline):
     """
 
     method = "ip_adapter"
+    resident = ("prompt",)
     Settings = IPAdapterSettings
     without_references: ClassVar = {"scale": 0.0}
     delta_file = "ip-adapter.safetensors"
