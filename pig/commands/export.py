@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pig.commands.card import Licences, examples, push, write_card
+from pig.commands.options import Subjects
 from pig.errors import InputError
 from pig.files import make_folder, replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
@@ -23,6 +25,9 @@ def export(
     delta: bool = False,
     half: bool = False,
     format: Literal["folder", "kohya"] = "folder",
+    push_to_hub: str | None = None,
+    licences: Licences | None = None,
+    what: Subjects | None = None,
 ) -> None:
     """Write a model as a folder that `generate --model` and `from_pretrained` load (safetensors only).
 
@@ -37,6 +42,7 @@ def export(
             pictures.
         half: for --delta: float16 in place of float32, half the space; the pictures differ by rounding.
         format: `kohya`: of a LoRA, one file (--out NAME.safetensors) that ComfyUI and AUTOMATIC1111 read.
+        push_to_hub: upload the folder as this model, such as me/my-dog.
     """
     if sum(one is not None for one in (checkpoint, model, from_release)) != 1:
         raise InputError("give one of --checkpoint, --model and --from_release")
@@ -45,6 +51,8 @@ def export(
     if half and not delta:
         raise InputError("--half is for --delta")
     kohya = format == "kohya"
+    if kohya and push_to_hub:
+        raise InputError("--push_to_hub is for a folder")
     if kohya and (out.suffix != ".safetensors" or delta):
         raise InputError("--format kohya writes one file: give --out NAME.safetensors, without --delta")
     if out.exists() and out.is_dir() == kohya:
@@ -58,6 +66,7 @@ def export(
     else:
         pipeline = load_pipeline(str(model), "cpu")
     make_folder(out.parent)
+    drawn = examples(pipeline, what or Subjects())
     if kohya:
         write_kohya(pipeline, out)
     else:
@@ -66,7 +75,10 @@ def export(
                 save_delta(pipeline, aside, half=half)
             else:
                 pipeline.save_pretrained(aside)
+            write_card(pipeline, aside, licences or Licences(), drawn)
     print(f"{checkpoint or model or from_release} -> {out}")
+    if push_to_hub:
+        print(f"  {push(out, push_to_hub)}")
 
 
 def write_kohya(pipeline: SubjectPipeline, out: Path) -> None:

@@ -43,7 +43,18 @@ class StoredPipeline(DiffusionPipeline):
 
     def write_delta(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """The trained weights, by their names in the delta's file, into the folder."""
-        save_file(dict(tensors), folder / self.delta_file)
+        save_file(dict(tensors), folder / self.delta_file, metadata=self.modelspec())
+
+    def modelspec(self) -> dict[str, str]:
+        """What the file's header says (github.com/Stability-AI/ModelSpec); no date, so that equal weights are equal
+        files."""
+        told = {
+            "sai_model_spec": "1.0.1",
+            "title": f"{self.method} on {self.config.base}",
+            "architecture": f"stable-diffusion/{self.method}",
+            "implementation": "pig",
+        }
+        return {f"modelspec.{name}": value for name, value in told.items()}
 
     def save_weights(self, folder: Path, *, half: bool = False) -> None:
         """The trained weights alone, in the method's own format. half: in float16."""
@@ -65,4 +76,7 @@ class StoredPipeline(DiffusionPipeline):
             super().save_pretrained(save_directory, *args, **kwargs)
         if self.kept_apart:
             self.save_weights(Path(save_directory))
+        # So that diffusers' own loader finds the class: custom_pipeline=FOLDER, trust_remote_code=True.
+        kind = type(self)
+        write_text(Path(save_directory) / "pipeline.py", f"from {kind.__module__} import {kind.__name__}\n")
         write_text(Path(save_directory) / METHOD_FILE, json.dumps({"method": self.method}) + "\n")

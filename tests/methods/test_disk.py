@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import embedded
+from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 
+from pig.cli import run
 from pig.commands.export import export
+from pig.data.transforms import is_whole
 from pig.errors import InputError
 from pig.methods import find_model, load_module, load_pipeline
 from pig.methods.bootpig import BootPIGPipeline
 from pig.models.backbone import WEIGHTS, make_scheduler
+from pig.toyworld import scene
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +127,11 @@ def test_an_export_replaces_the_earlier_model_wholly(tmp_path) -> None:
     assert find_model(tmp_path / "model").method == "base"
     assert not (tmp_path / "model/delta.safetensors").exists()
     export(tmp_path / "model", model="toyworld", delta=True)
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["delta.json", "delta.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "delta.json",
+        "delta.safetensors",
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -137,3 +147,47 @@ def test_a_folder_by_diffusers_own_loader(tmp_path) -> None:
     embedded().save_pretrained(tmp_path)
     again = BootPIGPipeline.from_pretrained(tmp_path)
     assert again.settings().text_guidance == 1.5
+
+
+def test_an_exported_folder_tells_what_it_is(tmp_path, monkeypatch) -> None:
+    """Card, header and the one line by which diffusers' own loader finds the class; and the call that uploads it."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **told: Any) -> None:
+            calls.append((name, told))
+
+        def upload_folder(self, **told: Any) -> str:
+            calls.append(("upload", {**told, "files": sorted(path.name for path in told["folder_path"].iterdir())}))
+            return "https://hub/me/mug"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    picture = tmp_path / "mug.png"
+    Image.fromarray(scene.draw(scene.make_subject(scene.HELD_OUT_SEED, "mug"), "sea", 1, 64).reference()).save(picture)
+    words = ["export", "--model=toyworld", "--references", str(picture), "--prompt", "a photo of a mug"]
+    run([*words, f"--out={tmp_path / 'whole'}", "--push_to_hub=me/mug", "--data_licence=cc0-1.0"])
+    card = (tmp_path / "whole/README.md").read_text()
+    assert 'base_model: "toyworld"\nlicense: apache-2.0\ntags: [pig, bootpig, personalisation]' in card
+    assert "| data | cc0-1.0 |" in card
+    assert "`a photo of a mug`, seed 1, on the CPU" in card
+    assert is_whole(tmp_path / "whole/example_1.png")
+    (created, told), (_, uploaded) = calls
+    assert (created, told) == ("me/mug", {"exist_ok": True})
+    assert uploaded["repo_id"] == "me/mug"
+    assert {"README.md", "pipeline.py", "model_index.json"} <= set(uploaded["files"])
+
+    folder = str(tmp_path / "whole")
+    found = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    assert type(found) is type(load_pipeline("toyworld", "cpu"))
+    run(["export", "--model=toyworld/ezigen", "--delta", f"--out={tmp_path / 'delta'}"])
+    with safe_open(tmp_path / "delta/delta.safetensors", framework="pt") as file:
+        assert file.metadata()["modelspec.title"] == "ezigen on toyworld"
+    assert "the trained weights alone" in (tmp_path / "delta/README.md").read_text()
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(Hub, "create_repo", offline)
+    with pytest.raises(InputError, match="--push_to_hub me/mug: offline"):
+        run([*words[:2], f"--out={tmp_path / 'whole'}", "--push_to_hub=me/mug"])
+    assert (tmp_path / "whole/model_index.json").is_file()

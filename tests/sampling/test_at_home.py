@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pig.errors import InputError
@@ -97,7 +98,7 @@ def test_the_style_is_of_the_network_that_draws(style) -> None:
     pipeline, other = load_pipeline("toyworld", "cpu"), load_pipeline("toyworld", "cpu")
     pipeline.load_lora_weights(style)
     with torch.no_grad():
-        other.base_unet.load_lora_adapter(str(style), prefix="unet")
+        other.base_unet.load_lora_adapter(load_file(style / "pytorch_lora_weights.safetensors"), prefix="unet")
         other.base_unet.fuse_lora()
     torch.testing.assert_close(draw(pipeline), draw(other), atol=1e-3, rtol=1e-3)
     assert not hasattr(pipeline.reference_unet, "peft_config")

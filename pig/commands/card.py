@@ -1,0 +1,131 @@
+"""The model card of an exported folder: README.md with the fields that the hub reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from pig.commands.generate import cut_out_all
+from pig.commands.options import Subjects
+from pig.errors import InputError
+from pig.files import write_text
+from pig.models.backbone import TOYWORLD
+from pig.sampling.delta import DELTA
+from pig.sampling.pipeline import SubjectPipeline
+
+CARD = "README.md"
+OWN = {"base": "apache-2.0", "generator": "apache-2.0", "data": "apache-2.0"}  # of the toy world
+
+
+@dataclass
+class Licences:
+    """Under which licences a model comes to be; the card says so. Of the toy world they are known."""
+
+    base_licence: str = ""
+    """Of the base model, by its hub name, such as openrail++."""
+    generator_licence: str = ""
+    """Of the text-to-image model that drew the training pictures, if any did."""
+    data_licence: str = ""
+    """Of the training data."""
+
+    def told(self, base: str) -> dict[str, str]:
+        own = OWN if base == TOYWORLD else {}
+        given = {"base": self.base_licence, "generator": self.generator_licence, "data": self.data_licence}
+        return {name: value or own.get(name, "not stated") for name, value in given.items()}
+
+
+def examples(pipeline: SubjectPipeline, what: Subjects) -> list[tuple[str, int, Image.Image]]:
+    """Prompt, seed and picture of what the card shows: none, where no prompt is given."""
+    if not (what.prompt or what.prompts):
+        return []
+    if what.subjects is not None:
+        raise InputError("a card shows --references under --prompt, not a benchmark")
+    (subject,) = what.read(pipeline.reads_references)
+    cutouts = cut_out_all([subject], what.references_per_subject)[subject.name]
+    return [
+        (
+            prompt,
+            seed,
+            pipeline(
+                prompt,
+                cutouts if pipeline.reads_references else None,
+                class_noun=subject.class_noun,
+                generator=torch.Generator().manual_seed(seed),
+            ).images[0],
+        )
+        for prompt in subject.prompts
+        for seed in (0, 1)
+    ]
+
+
+def write_card(
+    pipeline: SubjectPipeline, folder: Path, licences: Licences, drawn: Sequence[tuple[str, int, Image.Image]]
+) -> None:
+    """README.md and the example's pictures into a model's folder."""
+    base = str(pipeline.config.base)
+    told = licences.told(base)
+    delta = (folder / DELTA).is_file()
+    reads = ", [Image.open('my_subject.jpg')]" if pipeline.reads_references else ""
+    settings = json.dumps(pipeline.settings().as_json())
+    code = (
+        'from pig.methods import load_pipeline\n\npipeline = load_pipeline("FOLDER")\n'
+        if delta
+        else "from diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)\n'
+    )
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        f"base_model: {json.dumps(base)}",
+        f"license: {told['base'] if told['base'] != 'not stated' else 'other'}",
+        f"tags: [pig, {pipeline.method}, personalisation]",
+        "---",
+        "",
+        f"# {pipeline.method} on {base}",
+        "",
+        f"Made by pig: method `{pipeline.method}`, base model `{base}`"
+        + (", the trained weights alone." if delta else "."),
+        "",
+        "| licence of | |",
+        "|---|---|",
+        *(f"| {name} | {licence} |" for name, licence in told.items()),
+        "",
+        "```python",
+        *code.splitlines(),
+        f'image = pipeline("a photo of a mug, on a beach"{reads}, class_noun="mug").images[0]',
+        "```",
+        "",
+        f"Its settings, where a call names no others: `{settings}`",
+        "",
+    ]
+    for number, (prompt, seed, picture) in enumerate(drawn):
+        file = f"example_{number}.png"
+        picture.save(folder / file)
+        lines += [f"![{prompt}, seed {seed}]({file})", "", f"`{prompt}`, seed {seed}, on the CPU", ""]
+    write_text(folder / CARD, "\n".join(lines))
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a model's folder to the hub; returns its address there.
+
+    Raises:
+        InputError: no such account, no token, or no way to the hub.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    except (OSError, ValueError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise InputError(
+            f"--push_to_hub {name}: {str(error).splitlines()[0]}. The model lies in {folder}; log in by "
+            "`hf auth login`, and push again"
+        ) from error
