@@ -9,7 +9,7 @@ GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep ablations \
-	ablations-instantbooth dreambooth bench-datagen bench-training bench-sampling toyworld-weights clean
+	ablations-instantbooth dreambooth dreamblend bench-datagen bench-training bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -67,6 +67,9 @@ ablations-instantbooth: .venv/.ready ## InstantBooth's Tables 3 and 4 on the toy
 
 dreambooth: .venv/.ready ## DreamBooth, LoRA, Textual Inversion by steps of tuning, on the toy world, into runs/tuned (hours; resumable)
 	$(BIN)/python -W ignore -m benchmarks.dreambooth $(ARGS)
+
+dreamblend: .venv/.ready ## DreamBlend against DreamBooth's own checkpoints, on the toy world, into runs/dreamblend (hours; resumable)
+	$(BIN)/python -W ignore -m benchmarks.dreamblend $(ARGS)
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen
