@@ -61,7 +61,7 @@ SWEEP: dict[str, list[str]] = {
     "step size .02, first half": ["--step_size=0.02", "--guided_share=0.5"],
     "all words but the identifier": ["--words=not_identifier"],
     "identifier and noun": ["--words=subject"],
-    "coarse layers": ["--coarse=true"],
+    "coarse layers": ["--coarse"],
 }
 IDENTIFIER = "q"  # of the toy config
 PROMPTS, STEPS = 3, 12

@@ -1,5 +1,5 @@
-"""A full disk under every command that writes: it is said, nothing half-written is taken for whole, and the same command,
-once there is room, ends with what an undisturbed one makes."""
+"""A full disk under every command that writes: it is said, nothing half-written is taken for whole, and once there is
+room the same command ends with what an undisturbed one makes."""
 
 from __future__ import annotations
 
