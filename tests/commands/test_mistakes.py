@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from safetensors.torch import load_file, save_file
 import data_gen.__main__ as data_gen
 from pig import cli
 from pig.errors import InputError, WorkerDiedError, ending
+from pig.files import locked
 from pig.methods import load_pipeline
+from pig.methods.ezigen import EZIGen
+from pig.models.backbone import WEIGHTS
 
 TOY = "configs/bootpig/toyworld.yaml"
 
@@ -86,6 +90,15 @@ def test_an_output_that_cannot_be_written(told, toy_data, picture, tmp_path) -> 
 def test_numbers_and_names_of_fit(told, tmp_path, words, message) -> None:
     code, said = told("fit", f"--config={TOY}", f"--run={tmp_path / 'run'}", *words)
     assert (code, message in said) == (2, True), said
+
+
+def test_two_runs_in_one_folder(told, toy_data, tmp_path) -> None:
+    folder = tmp_path / "run/fit/checkpoints"
+    folder.mkdir(parents=True)
+    words = [f"--data.shards={toy_data / 'triplets'}", "--data.val_shards=null"]
+    with locked(folder):
+        code, said = told("fit", f"--config={TOY}", f"--run={tmp_path / 'run'}", *words, "--trainer.max_steps=1")
+    assert (code, f"another run is writing into {folder}" in said) == (2, True), said
 
 
 def test_configs_that_are_none(told, picture, tmp_path) -> None:
@@ -170,3 +183,19 @@ def test_what_ends_a_command() -> None:
     assert (code, "start again to go on" in message) == (1, True)
     assert ending(ZeroDivisionError()) is None
     assert ending(OSError(errno.EIO, "I/O error")) is None
+
+
+def test_weights_that_are_not_finite(tmp_path) -> None:
+    shutil.copytree(WEIGHTS / "ezigen", tmp_path / "delta")
+    file = tmp_path / "delta/delta.safetensors"
+    weights = load_file(file)
+    first = sorted(weights)[0]
+    save_file({**weights, first: torch.full_like(weights[first], torch.nan)}, file)
+    with pytest.raises(InputError, match="holds numbers that are not finite"):
+        load_pipeline(tmp_path / "delta", "cpu")
+    module = EZIGen("toyworld")
+    state = {name: one.detach().clone() for name, one in module.trainable().items()}
+    module.load_state_dict(state)
+    state[min(state)].view(-1)[0] = torch.inf
+    with pytest.raises(InputError, match="go on from an earlier one"):
+        module.load_state_dict(state)
