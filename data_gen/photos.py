@@ -74,16 +74,17 @@ def _triplets(
     rejected: Counter[str],
     segment: Segment | None,
 ) -> Iterator[Triplet]:
+    advice = ": give --segmenter" if segment is None else ", and the segmenter takes all of it"
     for number, path in enumerate(tqdm(paths, desc="photographs"), start=first):
         try:
             cutout = load_cutout(path, segment, object_)
         except InputError as error:
-            rejected["unreadable"] += 1
+            rejected["unreadable" if segment is None else "unreadable, or no object"] += 1
             tqdm.write(f"left out: {error}")
             continue
         if cutout.getchannel("A").getextrema() == (255, 255):
             rejected["no mask"] += 1
-            tqdm.write(f"left out: {path} has neither {mask_path(path).name} nor transparency: give --segmenter")
+            tqdm.write(f"left out: {path} has neither {mask_path(path).name} nor transparency{advice}")
             continue
         rgb, alpha = cutout.convert("RGB"), cutout.getchannel("A")
         if (ratio := size / min(cutout.size)) < 1:

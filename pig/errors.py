@@ -40,7 +40,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,21 +55,22 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     """Exit code and message of a command that ends by this error; None where only a traceback tells what is wrong."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped; what was finished is kept"
-    if (mistake := find_input_error(error)) is not None:
-        # A loader's worker process wraps the message in its traceback.
-        return 2, "error: " + re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(mistake)).strip()
-    for one in _chain(error):
-        if isinstance(one, WorkerDiedError):
-            return 1, f"error: {one}. What was finished is kept: start again to go on"
-        number, where = (one.errno, one.filename) if isinstance(one, OSError) else (None, None)
+    for one in _chain(error):  # before bad input, which may be what a full disk was taken for
         # Libraries in other languages say it in their own words.
-        if number in FULL or re.search("No space left on device|PytorchStreamWriter failed writing", str(one)):
+        full = isinstance(one, OSError) and one.errno in FULL
+        if full or re.search("No space left on device|PytorchStreamWriter failed writing", str(one)):
+            where = getattr(one, "filename", None)
             return 1, (
                 f"error: the disk is full{f' ({where})' if where else ''}: make room and give the same command again; "
                 "what was finished is kept"
             )
-        if number in REFUSED and where is not None:
-            return 2, f"error: {where}: {one.strerror}"  # type: ignore[attr-defined]
+    if (mistake := find_input_error(error)) is not None:
+        # A loader's worker process wraps the message in its traceback.
+        return 2, "error: " + re.sub(r"(?s)^Caught InputError in .*\n\S*InputError: ", "", str(mistake)).strip()
+    if lost := next((one for one in _chain(error) if isinstance(one, WorkerDiedError)), None):
+        return 1, f"error: {lost}. What was finished is kept: start again to go on"
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+        return 2, f"error: {error.filename}: {error.strerror}"
     return None
 
 

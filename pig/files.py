@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pig.errors import InputError
 
@@ -39,11 +40,29 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         InputError: another process holds it, and `wait` is off.
     """
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
+        _held.append(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            _held.remove(lock)
             raise InputError(f"another run is writing into {folder}: wait for it, or name another place") from error
-        yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise  # else a file system without locks: as before there were any
+        try:
+            yield
+        finally:
+            _held.remove(lock)
+
+
+def _forget_locks() -> None:
+    """A forked process, such as a loader's worker, would hold its parent's locks a little longer than the parent."""
+    while _held:
+        _held.pop().close()
+
+
+_held: list[IO[str]] = []
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class PlainErrors:
             flag = found[1].partition("=")[0]
             return f"{flag} is no option here{meant(flag, self._option_string_actions)}"
         if found := re.search("Option '([^']+)' is not accepted", message):
+            if not keys:  # of a config file
+                own = [flag.removeprefix("--") for flag in self._option_string_actions]
+                return f"--config: {found[1]} is no option{meant(found[1], own)}"
             return f"{key}.{found[1]} is no option{meant(found[1], self.options_of(keys[0]), f'{key}.')}"
         expected = re.findall(r"Expected (?:an? )?(.*?)(?:\. Got value.*| but .*)?$", message, re.M)
         wanted = [kind_of(one.partition(": ")[0]) for one in expected if "NoneType" not in one]

@@ -43,9 +43,12 @@ def attention(
     source = find_model(model)
     kind = pipeline_class(source.method)
     chosen = kind.Settings.given(source.settings, settings or {})
-    if what.subjects is not None or len(what.prompt or ()) > 1:
-        raise InputError("attention shows one --prompt of one subject")
+    one_prompt = InputError("attention shows one --prompt of one subject")
+    if what.subjects is not None:
+        raise one_prompt
     (subject,) = what.read(kind.reads_references)
+    if len(subject.prompts) > 1:
+        raise one_prompt
     (prompt,) = subject.prompts
     kind.check_prompt(prompt, subject.class_noun, chosen)
     segment = cutting_out.make() if kind.reads_references else None

@@ -39,27 +39,32 @@ class Licences:
         return {name: value or own.get(name, "not stated") for name, value in given.items()}
 
 
-def examples(pipeline: SubjectPipeline, what: Subjects) -> list[tuple[str, int, Image.Image]]:
+@dataclass
+class Example:
+    """What the card shows."""
+
+    references: list[Path] | None = None
+    """For the card: pictures of a subject that the model then draws."""
+    prompt: list[str] | None = None
+    """For the card: of the pictures to draw, two seeds of each."""
+    class_noun: str = ""
+    """What the references show."""
+
+
+def examples(pipeline: SubjectPipeline, example: Example) -> list[tuple[str, int, Image.Image]]:
     """Prompt, seed and picture of what the card shows: none, where no prompt is given."""
-    if not (what.prompt or what.prompts):
+    if not example.prompt:
+        if example.references:
+            raise InputError("--references are for the card's pictures, with --prompt")
         return []
-    if what.subjects is not None:
-        raise InputError("a card shows --references under --prompt, not a benchmark")
+    what = Subjects(references=example.references, prompt=example.prompt, class_noun=example.class_noun)
     (subject,) = what.read(pipeline.reads_references)
-    cutouts = cut_out_all([subject], what.references_per_subject)[subject.name]
+    cutouts = cut_out_all([subject], None)[subject.name] if pipeline.reads_references else None
     return [
-        (
-            prompt,
-            seed,
-            pipeline(
-                prompt,
-                cutouts if pipeline.reads_references else None,
-                class_noun=subject.class_noun,
-                generator=torch.Generator().manual_seed(seed),
-            ).images[0],
-        )
+        (prompt, seed, pipeline(prompt, cutouts, class_noun=subject.class_noun, generator=generator).images[0])
         for prompt in subject.prompts
         for seed in (0, 1)
+        for generator in [torch.Generator().manual_seed(seed)]
     ]
 
 
@@ -74,7 +79,7 @@ def write_card(
     settings = json.dumps(pipeline.settings().as_json())
     code = (
         'from pig.methods import load_pipeline\n\npipeline = load_pipeline("FOLDER")\n'
-        if delta
+        if delta or pipeline.kept_apart
         else "from diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)\n'
     )
@@ -118,14 +123,14 @@ def push(folder: Path, name: str) -> str:
         InputError: no such account, no token, or no way to the hub.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder))
-    except (OSError, ValueError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+    except Exception as error:  # of whichever library speaks to the hub
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"--push_to_hub {name}: {str(error).splitlines()[0]}. The model lies in {folder}; log in by "
-            "`hf auth login`, and push again"
+            f"--push_to_hub {name}: {told}. The model lies in {folder}: push it again when that is mended (without a "
+            "token: `hf auth login`)"
         ) from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pig.commands.card import Licences, examples, push, write_card
-from pig.commands.options import Subjects
+from pig.commands.card import Example, Licences, examples, push, write_card
 from pig.errors import InputError
 from pig.files import make_folder, replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
@@ -27,7 +26,7 @@ def export(
     format: Literal["folder", "kohya"] = "folder",
     push_to_hub: str | None = None,
     licences: Licences | None = None,
-    what: Subjects | None = None,
+    example: Example | None = None,
 ) -> None:
     """Write a model as a folder that `generate --model` and `from_pretrained` load (safetensors only).
 
@@ -44,6 +43,7 @@ def export(
         format: `kohya`: of a LoRA, one file (--out NAME.safetensors) that ComfyUI and AUTOMATIC1111 read.
         push_to_hub: upload the folder as this model, such as me/my-dog.
     """
+    licences, example = licences or Licences(), example or Example()
     if sum(one is not None for one in (checkpoint, model, from_release)) != 1:
         raise InputError("give one of --checkpoint, --model and --from_release")
     if base != RELEASE_BASE and from_release is None:
@@ -51,8 +51,8 @@ def export(
     if half and not delta:
         raise InputError("--half is for --delta")
     kohya = format == "kohya"
-    if kohya and push_to_hub:
-        raise InputError("--push_to_hub is for a folder")
+    if kohya and (push_to_hub or licences != Licences() or example != Example()):
+        raise InputError("--push_to_hub and what stands on a card are for a folder, not for --format kohya")
     if kohya and (out.suffix != ".safetensors" or delta):
         raise InputError("--format kohya writes one file: give --out NAME.safetensors, without --delta")
     if out.exists() and out.is_dir() == kohya:
@@ -66,7 +66,7 @@ def export(
     else:
         pipeline = load_pipeline(str(model), "cpu")
     make_folder(out.parent)
-    drawn = examples(pipeline, what or Subjects())
+    drawn = examples(pipeline, example)
     if kohya:
         write_kohya(pipeline, out)
     else:
@@ -75,7 +75,7 @@ def export(
                 save_delta(pipeline, aside, half=half)
             else:
                 pipeline.save_pretrained(aside)
-            write_card(pipeline, aside, licences or Licences(), drawn)
+            write_card(pipeline, aside, licences, drawn)
     print(f"{checkpoint or model or from_release} -> {out}")
     if push_to_hub:
         print(f"  {push(out, push_to_hub)}")

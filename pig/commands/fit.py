@@ -100,7 +100,7 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         named = [getattr(one, "dirpath", None) for one in self.trainer.checkpoint_callbacks]
-        for folder in {Path(one) for one in named if one is not None}:
+        for folder in {Path(one) for one in named if one is not None and "://" not in str(one)}:
             make_folder(folder)
             _locks.enter_context(locked(folder))
 
@@ -114,19 +114,16 @@ class CLI(LightningCLI):
         path = told.get("ckpt_path")
         if path and "://" in path:
             raise InputError(f"--ckpt_path {path}: an address; download the checkpoint and give the file")
-        if path == "hpc" or not path:
-            return
-        if path not in ("last", "best"):
+        if path == "best":
+            raise InputError("--ckpt_path best: only the run itself knows it; give the file, such as best.ckpt")
+        if path and path not in ("last", "hpc"):
             load_checkpoint(Path(path))
-            return
-        told_of = (told.get("trainer") or {}).get("callbacks") or []
-        named = [one["init_args"].get("dirpath") for one in told_of if "ModelCheckpoint" in one["class_path"]]
-        folders = list(dict.fromkeys(filter(None, named)))
-        kept = [file for folder in folders for file in sorted(Path(folder).glob("*.ckpt"))]
-        if not any(file.stem.startswith("last") == (path == "last") for file in kept):
-            raise InputError(f"--ckpt_path {path}: there is no such checkpoint in {', '.join(folders)}")
-        for file in kept:
-            load_checkpoint(file)
+        if path == "last":  # where there is none, Lightning begins
+            of_config = (told.get("trainer") or {}).get("callbacks") or []
+            named = [one["init_args"].get("dirpath") for one in of_config if "ModelCheckpoint" in one["class_path"]]
+            kept = [file for folder in dict.fromkeys(filter(None, named)) for file in Path(folder).glob("last*.ckpt")]
+            if kept:
+                load_checkpoint(max(kept, key=lambda file: file.stat().st_mtime_ns))
 
 
 _locks = ExitStack()  # held while a command runs

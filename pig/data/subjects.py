@@ -19,6 +19,7 @@ from pig.errors import InputError
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = frozenset({"cat", "dog", "fish"})
+HEADING = re.compile(r"^(\w+ )*Prompts\s*$", re.MULTILINE)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -109,7 +110,7 @@ def read_subjects(
         kind: re.findall(r"""^['"](.+?)['"]\.format""", section, re.MULTILINE)
         for kind, section in re.findall(r"^(Object|Live Subject) Prompts$(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     }
-    if prompts_file is not None and not re.search(r"^(\w+ )*Prompts$", text, re.MULTILINE):
+    if prompts_file is not None and not HEADING.search(text):
         templates = dict.fromkeys(("Object", "Live Subject"), plain_prompts(prompts_file))
         listing = folder / PROMPTS_FILE
         text = _read_text(listing, folder)
@@ -130,7 +131,9 @@ def read_subjects(
             raise InputError(f"{listing} has no prompts under `{kind} Prompts`")
         for template in templates[kind]:
             if re.search("[{}]", template.replace("{0}", "").replace("{1}", "")):
-                raise InputError(f"{listing}: {template!r} may hold {{0}} (identifier) and {{1}} (class) only")
+                raise InputError(
+                    f"{prompts_file or listing}: {template!r} may hold {{0}} (identifier) and {{1}} (class) only"
+                )
         subjects.append(SubjectFolder(name, noun, images, tuple(templates[kind])))
     if not subjects:
         raise InputError(f"{listing} names no subject (lines `subject,class`)")
@@ -167,7 +170,10 @@ def plain_prompts(file: Path) -> list[str]:
     Raises:
         InputError: it cannot be read, or holds no prompt.
     """
-    lines = _read_text(file, file.parent).splitlines()
+    text = _read_text(file, file.parent)
+    if HEADING.search(text):
+        raise InputError(f"{file} is a benchmark's list of subjects and prompts: it is for --subjects")
+    lines = text.splitlines()
     if not (found := [line.strip() for line in lines if line.strip()]):
         raise InputError(f"{file} holds no prompt")
     return found
@@ -202,7 +208,7 @@ def fill_prompt(template: str, class_noun: str, identifier: str = "") -> str:
 
 def prompt_kind(template: str) -> Literal["scene", "accessory", "property"]:
     """What a prompt asks for: another place, something worn, or another look of the subject ("a red {0} {1}")."""
-    if not re.match(r"(a photo of )?(an? |the )?\{0\}", template):
+    if "{0}" in template and not re.match(r"(a photo of )?(an? |the )?\{0\}", template):
         return "property"
     return "accessory" if re.search(r"\b(wearing|outfit)\b", template) else "scene"
 

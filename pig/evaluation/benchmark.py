@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ class Scorer:
         cache: folder for what the networks saw (see `Embedder`).
         segment: finds the object, for scores without the background.
         allow_missing: score what is there, where images are missing or unreadable, and say so in the result.
+        left_out: subjects whose images may lie in the folders, too, and do not count.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Scorer:
         *,
         allow_missing: bool = False,
         batch_size: int = 32,
+        left_out: Collection[str] = (),
     ) -> None:
         self.clip, self.protocol, self.allow_missing = clip, protocol, allow_missing
+        self.left_out = left_out
         self.networks: dict[str, Any] = {"clip": clip.identity, "dino": dino.identity}
         if segment is not None:
             self.networks["segmenter"] = segment.identity
@@ -77,8 +80,8 @@ class Scorer:
         Raises:
             InputError: names what is missing, unreadable or contradictory; see `check`.
         """
-        found, notes, missing = check(images, subjects, images_per_prompt)
-        base, _, base_missing = check(text_only, subjects, None) if text_only else ([], [], [])
+        found, notes, missing = check(images, subjects, images_per_prompt, self.left_out)
+        base, _, base_missing = check(text_only, subjects, None, self.left_out) if text_only else ([], [], [])
         missing += base_missing
         if missing and not self.allow_missing:
             raise InputError(missing_message(missing))
@@ -211,9 +214,12 @@ def evaluate(
     if out.resolve().is_relative_to(images.resolve()):
         raise InputError(f"--out: {out} lies in the images folder {images}: give one outside of it")
     rules, known = protocol_named(protocol), subjects_of(images, subjects, references, class_noun, prompts, only)
+    left_out = (
+        {one.name for one in read_subjects(str(subjects), prompts)} - {one.name for one in known} if only else set()
+    )
     # Told before the networks are loaded, which may take long.
     for folder in (images, *([text_only] if text_only else [])):
-        _, _, missing = check(folder, known, images_per_prompt if folder == images else None)
+        _, _, missing = check(folder, known, images_per_prompt if folder == images else None, left_out)
         if missing and not allow_missing:
             raise InputError(missing_message(missing))
     make_folder(out)
@@ -226,6 +232,7 @@ def evaluate(
         make_segmenter(segmenter, sam=sam, rembg_model=rembg_model, device=device),
         allow_missing=allow_missing,
         batch_size=batch_size,
+        left_out=left_out,
     )
     result = scorer.score(images, known, images_per_prompt=images_per_prompt, text_only=text_only, name=name)
     if scorer.embed.rank > 0:

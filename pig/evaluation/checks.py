@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from pig.errors import InputError
 
 
 def check(
-    images: Path, subjects: Sequence[SubjectFolder], images_per_prompt: int | None
+    images: Path, subjects: Sequence[SubjectFolder], images_per_prompt: int | None, left_out: Collection[str] = ()
 ) -> tuple[list[Generated], list[str], list[str]]:
     """The images that are there, notes, and what is missing; before any long work.
+
+    left_out: subjects whose images may be there, too, and do not count.
 
     Raises:
         InputError: there are none, a prompt index or a subject is unknown, or the manifest contradicts the files.
@@ -24,7 +26,7 @@ def check(
     if not images.is_dir():
         raise InputError(f"there is no images folder {images}")
     found = read_generated(images, subjects)
-    known = {subject.name for subject in subjects}
+    known = {subject.name for subject in subjects} | set(left_out)
     strangers = sorted(
         folder.name
         for folder in images.iterdir()
@@ -39,6 +41,7 @@ def check(
             f"{images / name / str(index)} has several files {seed}.* ({len(twice)} such): keep one of each"
         )
     lines = {Path(file).as_posix(): line for file, line in read_manifest(images).items()}
+    lines = {file: line for file, line in lines.items() if file.partition("/")[0] not in left_out}
     _check_manifest(images, lines, found)
     notes, there = [], {one.path.relative_to(images).as_posix() for one in found}
     counts = Counter((one.subject.name, one.prompt_index) for one in found)

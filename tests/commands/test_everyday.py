@@ -88,6 +88,10 @@ def test_some_subjects_of_a_benchmark(toy_data, tmp_path) -> None:
     assert [path.name for path in sorted((tmp_path / "out").iterdir()) if path.is_dir()] == ["boat_000"]
     with pytest.raises(InputError, match=r"--only dog: .* names no such subject; it has boat_000"):
         generate(tmp_path / "other", subjects=toy_data / "subjects", only=["dog"], **words)
+    for other in ("boot_001", "boat_000"):  # of another subject of the benchmark: it does not count
+        target = tmp_path / "out" / other / "0"
+        if not target.exists():
+            shutil.copytree(tmp_path / "out/boat_000/0", target)
     scored = [f"--subjects={toy_data / 'subjects'}", f"--prompts={words['prompts']}", "--only", "boat_000"]
     cli.run(["evaluate", f"--images={tmp_path / 'out'}", f"--out={tmp_path / 'scores'}", *scored])
     assert list(json.loads((tmp_path / "scores/results.json").read_text())["subjects"]) == ["boat_000"]

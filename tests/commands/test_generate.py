@@ -189,15 +189,9 @@ def test_references_are_cut_out_by_alpha_then_mask_then_segmenter_and_shown(tmp_
     )
     shown = {path.stem[3:]: Image.open(path) for path in (tmp_path / "out/cutouts/references").iterdir()}
     assert set(shown) == {"plain", "masked", "alpha", "opaque"}
-    sizes = {name: np.asarray(picture).min(axis=2) < 250 for name, picture in shown.items()}
-    share = (drawing.mask > 127).sum() / np.prod(np.ptp(np.argwhere(drawing.mask > 127), axis=0) + 1)
     for name in ("plain", "alpha", "opaque"):  # SAM and the exact mask find the same object
-        assert sizes[name].any(axis=0).sum() > 40
-    assert sizes["masked"].shape == (64, 64)
-    assert 0 < share < 1
-    difference = np.abs(np.asarray(shown["plain"]).astype(int) - np.asarray(shown["alpha"])).mean()
-    assert difference < 12
-    assert np.abs(np.asarray(shown["masked"]).astype(int) - np.asarray(shown["alpha"])).mean() > 40
+        assert overlap(shown[name].getchannel("A"), drawing.mask > 127) > 0.85, name
+    assert overlap(shown["masked"].getchannel("A"), np.asarray(corner) > 127) == 1
 
 
 def overlap(found: Image.Image, wanted: np.ndarray) -> float:

@@ -84,12 +84,31 @@ def test_an_output_that_cannot_be_written(told, toy_data, picture, tmp_path) -> 
         (["--data.num_workers=-1"], "data.num_workers must be between 0 and 1024, got -1"),
         (["--model.lr_reference=.nan"], "learning rates must be at least 0"),
         (["--seed_everything=-3"], "--seed_everything: -3 is not in bounds"),
-        (["--ckpt_path=best"], "--ckpt_path best: there is no such checkpoint in"),
+        (["--ckpt_path=best"], "--ckpt_path best: only the run itself knows it"),
     ],
 )
 def test_numbers_and_names_of_fit(told, tmp_path, words, message) -> None:
     code, said = told("fit", f"--config={TOY}", f"--run={tmp_path / 'run'}", *words)
     assert (code, message in said) == (2, True), said
+
+
+def test_a_mistyped_key_of_a_config(told, tmp_path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("promt: [a mug]\n")
+    code, said = told("generate", f"--config={config}", f"--out={tmp_path / 'out'}")
+    assert (code, "--config: promt is no option; did you mean prompt?" in said) == (2, True), said
+
+
+def test_what_a_card_shows(told, picture, tmp_path) -> None:
+    out = tmp_path / "out"
+    for words, message in (
+        (["--references", picture], "--references are for the card's pictures, with --prompt"),
+        (["--format=kohya", "--prompt", "a"], "are for a folder, not for --format kohya"),
+        (["--step=5"], "--step is no option"),
+    ):
+        target = f"{out}.safetensors" if "--format=kohya" in words else out
+        code, said = told("export", "--model=toyworld", f"--out={target}", *words)
+        assert (code, message in said) == (2, True), said
 
 
 def test_two_runs_in_one_folder(told, toy_data, tmp_path) -> None:
@@ -182,6 +201,12 @@ def test_what_ends_a_command() -> None:
     code, message = ending(WorkerDiedError("a worker died")) or (0, "")
     assert (code, "start again to go on" in message) == (1, True)
     assert ending(ZeroDivisionError()) is None
+    inside = ZeroDivisionError()
+    inside.__context__ = FileNotFoundError(errno.ENOENT, "No such file", "/x")  # raised while that was handled
+    assert ending(inside) is None
+    taken_for_bad_input = InputError("cannot write into /x")
+    taken_for_bad_input.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/x")
+    assert (ending(taken_for_bad_input) or (0, ""))[0] == 1
     assert ending(OSError(errno.EIO, "I/O error")) is None
 
 

@@ -55,7 +55,7 @@ def test_a_finished_output_is_not_overwritten_by_a_stage_alone(made, tmp_path) -
 
 def test_an_output_that_cannot_be_made_is_said(tmp_path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot make output="):
+    with pytest.raises(InputError, match="is a file, not a folder: name another place"):
         generate(config_for(tmp_path / "file"))
 
 

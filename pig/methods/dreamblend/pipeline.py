@@ -171,6 +171,8 @@ class DreamBlendPipeline(TextPipeline):
             except torch.OutOfMemoryError:
                 if self.unet.is_gradient_checkpointing:
                     raise
+                gradient = None  # tried again below, when this error no longer holds the pass's tensors
+            if gradient is None:
                 warnings.warn("memory is short: the guidance's gradient is checkpointed, and slower", stacklevel=2)
                 self.unet.enable_gradient_checkpointing()
                 gradient = given()
