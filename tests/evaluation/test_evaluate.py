@@ -130,7 +130,7 @@ def test_contradictions_are_named_before_any_work(bench, capsys) -> None:
     refused(bench, r"images of stranger, which the subjects folder does not have")
     shutil.rmtree(bench / "images/stranger")
     (bench / "file").write_text("")
-    refused(bench, r"--out: .*file is a file", f"--out={bench / 'file'}")
+    refused(bench, r"file is a file, not a folder", f"--out={bench / 'file'}")
     shutil.rmtree(bench / "subjects/can")
     refused(bench, r"subject 'can' of .* has no pictures")
 
