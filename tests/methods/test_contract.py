@@ -146,7 +146,7 @@ def test_whole_and_delta_draw_the_same_pixels_as_the_module(trained, cutouts, tm
         assert pipeline.method == method
         assert torch.equal(draw(pipeline, PROMPTS[0], cutouts, generator=seeds(1)), expected), name
         suffixes = {path.suffix for path in (tmp_path / name).rglob("*") if path.is_file()}
-        assert suffixes <= {".json", ".safetensors", ".txt"}
+        assert suffixes <= {".json", ".safetensors", ".txt", ".md", ".py"}
     size = {name: sum(path.stat().st_size for path in (tmp_path / name).rglob("*.*")) for name in ("whole", "delta")}
     assert size["delta"] < (0.9 if method == "dreambooth" else 0.6) * size["whole"]  # all of the UNet
 
