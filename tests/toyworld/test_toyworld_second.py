@@ -7,9 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTokenizer
 
+from pig.errors import InputError
+from pig.models.backbone import WEIGHTS
 from pig.toyworld.second import captions, scene
 from pig.toyworld.second.details import EMBLEMS
+from pig.toyworld.second.stages.clip import CLIPStage, VisionStage
+from pig.toyworld.second.stages.dino import DINOStage
+from pig.toyworld.second.stages.sam import SAMStage
+from pig.toyworld.second.stages.vae import VAEStage
 
 
 def test_drawing_follows_from_seeds_at_any_size() -> None:
@@ -123,3 +131,21 @@ def test_captions_say_what_is_true() -> None:
 def test_accessory_of_what_is_worn() -> None:
     worn = torch.tensor([0, 1, 6, 7, 24])
     assert captions.accessory_of(worn).tolist() == [0, 1, 1, 2, 4]
+
+
+def test_stages_begin_from_an_earlier_edition() -> None:
+    """With the earlier models' weights, all of them trainable; words that both vocabularies have keep their meaning."""
+    clip, vae, dino, sam = CLIPStage(), VAEStage(), DINOStage(), SAMStage(WEIGHTS / "base")
+    for stage in (clip, vae, dino, sam):
+        stage.begin_from(WEIGHTS)
+        assert all(weight.requires_grad for weight in stage.parameters())
+    earlier = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained(WEIGHTS / "clip").get_vocab()
+    rows, before = (one.text_model.embeddings.token_embedding.weight for one in (clip.clip, earlier))
+    now = clip.tokenizer.get_vocab()
+    assert torch.equal(rows[now["boat</w>"]], before[words["boat</w>"]])
+    assert "sks</w>" in now.keys() - words.keys()
+    kept = AutoencoderKL.from_pretrained(WEIGHTS / "base/vae", dtype=torch.float32).state_dict()
+    assert all(torch.equal(one, kept[name]) for name, one in vae.vae.state_dict().items())
+    with pytest.raises(InputError, match="begins from the stages before it"):
+        VisionStage(WEIGHTS / "clip").begin_from(WEIGHTS)
