@@ -43,7 +43,7 @@ from pig.sampling.delta import step_folder, tuned_subjects
 
 Found = dict[str, dict[str, Scores]]  # row -> drawing -> scores
 
-FAST = ["--model.lr=5e-4", "--trainer.max_steps=200", "--model.save_at=[25,100,200]"]  # shows the collapse
+FAST = ["--model.lr=5e-4", "--trainer.max_steps=200", "--model.save_at=[25,100,200]"]  # overfits sooner
 USUAL = ["--model.save_at=[50,200,400]"]
 REGULARISED = "--model.attention_regularisation=1"
 ROWS: dict[str, list[str]] = {

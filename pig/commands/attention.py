@@ -46,6 +46,11 @@ def attention(
     one_prompt = InputError("attention shows one --prompt of one subject")
     if what.subjects is not None:
         raise one_prompt
+    for flag, given in {"step": what.step, "early": what.early, "late": what.late, "image": what.image}.items():
+        if given is not None:
+            raise InputError(
+                f"--{flag} is not for attention: give a subject's step as --model, such as DIR/dog/step-000400"
+            )
     (subject,) = what.read(kind.reads_references)
     if len(subject.prompts) > 1:
         raise one_prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -14,7 +15,7 @@ from torch import Tensor
 from pig.attention.maps import distance, layers_of, maps_bytes, recording
 from pig.cli import run
 from pig.errors import InputError
-from pig.methods import load_pipeline
+from pig.methods import load_blend, load_pipeline
 from pig.methods.dreamblend import DreamBlendPipeline
 from pig.methods.dreambooth.module import DreamBooth
 from pig.models.backbone import load_backbone
@@ -232,6 +233,16 @@ def test_bad_steps(tmp_path) -> None:
         with pytest.raises(InputError, match=message):
             run([*words, *told])
     assert not (tmp_path / "out").exists()
+    run([*words, "--early=5", "--late=10", "--steps=2", "--images_per_prompt=1"])
+    drawn = np.asarray(Image.open(tmp_path / "out/mug_000/0/0.png"))
+    expected = load_blend(*(tmp_path / f"tuned/mug_000/step-{step:06d}" for step in (5, 10)), "cpu")(
+        PROMPTS[0], class_noun="mug", num_inference_steps=2, generator=seeds(0)
+    )
+    assert np.array_equal(drawn, np.asarray(expected.images[0]))
+    with pytest.raises(InputError, match="--early is not for attention"):
+        run(
+            ["attention", f"--out={tmp_path / 'a.png'}", "--prompt", PROMPTS[0], f"--references={picture}", "--early=5"]
+        )
 
 
 def test_bad_input(blend, monkeypatch) -> None:
