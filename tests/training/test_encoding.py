@@ -34,7 +34,7 @@ def test_encoding_resumes_and_refuses_to_mix(toy_data, encoded, capsys, monkeypa
     with pytest.raises(InputError, match="encoded already"):
         data_gen([*command[:1], str(encoded), *command[2:3], f"--out={toy_data / 'twice'}"])
     (toy_data / "file").touch()
-    with pytest.raises(InputError, match="cannot be made a folder"):
+    with pytest.raises(InputError, match="is a file, not a folder"):
         data_gen([*command[:3], f"--out={toy_data / 'file'}"])
     monkeypatch.setattr("sys.argv", ["data_gen", *command, "--variants=1", "--augmentation.scale=[0.9,0.2]"])
     with pytest.raises(SystemExit, match="2"):
