@@ -24,8 +24,6 @@ import transformers
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from benchmarks.dreambooth import BASE, NO_PRIOR, Scores, draw, made_subjects, markdown, paths, plain, score, tune
 from benchmarks.sampling import cost, flops_of, machine
@@ -35,6 +33,7 @@ from pig.attention.maps import distance, recording
 from pig.cli import run
 from pig.data.images import read_generated
 from pig.data.subjects import SubjectFolder
+from pig.data.transforms import load_image, to_tensor
 from pig.demo import toy_scorer
 from pig.methods import load_blend, load_pipeline
 from pig.models.backbone import encode_images, tokenize
@@ -150,7 +149,7 @@ def measure_maps(out: Path, row: str, tuned: Path, subjects: list[SubjectFolder]
     no_words = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
     for subject in subjects:
         own = [one for one in pictures if one.subject.name == subject.name]
-        z_0 = encode_images(base.vae, torch.stack([load_image(one.path) for one in own]))
+        z_0 = encode_images(base.vae, torch.stack([to_tensor(load_image(one.path)) for one in own]))
         noun = subject.class_noun
         texts = [with_identifier(subject.prompts[one.prompt_index], noun, IDENTIFIER) for one in own]
         ids = tokenize(tokenizer, texts)
@@ -176,11 +175,6 @@ def measure_maps(out: Path, row: str, tuned: Path, subjects: list[SubjectFolder]
                     kept.setdefault("identifier", []).append((p * identifier[:, None, None]).sum(-1).mean().item())
                     kept.setdefault("entropy", []).append(-torch.xlogy(p, p).sum(-1).mean().item())
     return {name: {key: fmean(values) for key, values in of.items()} for name, of in found.items()}
-
-
-def load_image(path: Path) -> Tensor:
-    """(3, H, W) in [-1, 1]."""
-    return pil_to_tensor(Image.open(path).convert("RGB")).float() / 127.5 - 1
 
 
 def map_table(measures: dict[str, dict[str, float]]) -> str:

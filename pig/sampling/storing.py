@@ -76,8 +76,8 @@ class StoredPipeline(DiffusionPipeline):
             super().save_pretrained(save_directory, *args, **kwargs)
         if self.kept_apart:
             self.save_weights(Path(save_directory))
-        if not self.kept_apart:  # else diffusers' own loader would leave the trained weights out
-            # So that it finds the class: custom_pipeline=FOLDER, trust_remote_code=True.
+        else:  # diffusers' own loader, which would leave such weights out, finds the class by this file:
+            # custom_pipeline=FOLDER, trust_remote_code=True
             kind = type(self)
             write_text(Path(save_directory) / "pipeline.py", f"from {kind.__module__} import {kind.__name__}\n")
         write_text(Path(save_directory) / METHOD_FILE, json.dumps({"method": self.method}) + "\n")
