@@ -194,6 +194,7 @@ def test_released_weights_are_drawn_with_and_trained_on(pipe, cutouts, tmp_path,
         IPAdapter("toyworld", image_encoder="nowhere/none")
     export(tmp_path / "again", model=str(tmp_path / "model"), delta=True)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
+        "README.md",
         "delta.json",
         "image_encoder",
         "ip-adapter.safetensors",

@@ -37,7 +37,7 @@ class CLIPStage(Stage):
     target is spread over all pictures that it is true of.
     """
 
-    steps, batch_size, lr = 2500, 128, 1e-3
+    steps, batch_size, lr = 1000, 128, 1e-3
     scenes = 24_000
 
     def __init__(self) -> None:
