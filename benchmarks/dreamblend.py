@@ -36,7 +36,8 @@ from pig.data.subjects import SubjectFolder
 from pig.data.transforms import load_image, to_tensor
 from pig.demo import toy_scorer
 from pig.methods import load_blend, load_pipeline
-from pig.models.backbone import encode_images, tokenize
+from pig.models.backbone import encode_images
+from pig.models.encoders import tokenize
 from pig.models.identifier import identifier_token, with_identifier
 from pig.sampling.delta import step_folder, tuned_subjects
 

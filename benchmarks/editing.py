@@ -26,8 +26,8 @@ from benchmarks.sweep import brackets
 from pig.data.grids import labelled_grid
 from pig.errors import InputError
 from pig.methods import METHODS, load_pipeline, pipeline_class
-from pig.models.backbone import TOYWORLD
 from pig.models.encoders import load_dino
+from pig.models.names import TOYWORLD
 from pig.sampling.settings import controls
 from pig.toyworld import scene
 

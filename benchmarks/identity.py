@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from data_gen.toyworld import draw_subjects
 from pig.data.subjects import read_subjects
 from pig.data.transforms import reference_picture, to_tensor
-from pig.models.backbone import TOYWORLD
 from pig.models.encoders import load_dino
+from pig.models.names import TOYWORLD
 from pig.models.vision import load_vision, look
 
 

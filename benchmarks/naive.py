@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pig.data.schema import Batch
 from pig.diffusion import draw
 from pig.methods.bootpig import TwoUNet
-from pig.models.backbone import load_backbone, tokenize
+from pig.models.backbone import load_backbone
+from pig.models.encoders import tokenize
 
 RATES = {"reference_unet": 5e-4, "rsa": 5e-4}  # of configs/bootpig/toyworld.yaml
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 
 # Stable Diffusion 2.1-base's configuration (its unet/, vae/ and text_encoder/config.json), and the same in miniature.
 SD21: dict[str, Any] = {

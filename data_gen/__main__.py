@@ -20,7 +20,7 @@ from pig.arguments import Parser, parse
 from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError, check_ranges, run_command
 from pig.mistakes import refuse_empty
-from pig.models.foreground import CuttingOut
+from pig.models.cutting_out import CuttingOut
 
 COMMANDS = ("triplets", "subjects", "photos", "inspect")
 SIZES = (8, 4096)  # sides of a picture, in pixels

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from data_gen.config import ImagesConfig
 from data_gen.samples import Report, Sample, batches, read_samples, save_png, write_lines
 from pig.errors import InputError
-from pig.models.backbone import half_on, resolve
+from pig.models.backbone import half_on
+from pig.models.names import resolve
 
 DONE = "images.jsonl"
 

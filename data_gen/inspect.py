@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from pig.data.shards import BadSampleError, Shard, decode_triplet, find_shards, 
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
 from pig.files import make_folder
+from pig.pages import data_uri, render
 
 SHEET = 24  # triplets on the contact sheet
 
@@ -102,34 +101,20 @@ def _page(
 ) -> str:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    rejected = rejections(shard.stats for shard in shards)
-    total = sum(shard.stats.count for shard in shards)
-    size = sum(shard.stats.bytes for shard in shards) / 1e6
-
-    def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-        return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{cells}</table>"
-
-    statistics = [
-        (name, f"{min(v):.3f}", f"{median(v):.3f}", f"{mean(v):.3f}", f"{max(v):.3f}") for name, v in scores.items()
+    statistics = [(name, *(f"{of(v):.3f}" for of in (min, median, mean, max))) for name, v in scores.items()]
+    tables: list[tuple[str, Sequence[str], Sequence[Sequence[object]]]] = [
+        ("Rejected while made", ("reason", "pictures"), sorted(rejections(one.stats for one in shards).items())),
+        ("Scores", ("score", "least", "median", "mean", "most"), statistics),
+        ("Most frequent objects", ("object", "triplets"), objects.most_common(20)),
+        ("Problems", ("what",), [(line,) for line in problems[:50]]),
     ]
-    parts = [
-        f"<h1>{html.escape(str(folder))}</h1><p>{total} triplets in {len(shards)} shards, {size:.1f} MB; "
-        f"{len(objects)} different objects.</p>",
-        "<h2>Contact sheet</h2>",
-        f'<img alt="targets, masks and references" src="data:image/png;base64,{encoded}">',
-        "<h2>Rejected while made</h2>" + table(("reason", "pictures"), sorted(rejected.items())) if rejected else "",
-        "<h2>Scores</h2>" + table(("score", "least", "median", "mean", "most"), statistics) if statistics else "",
-        "<h2>Most frequent objects</h2>" + table(("object", "triplets"), objects.most_common(20)),
-        "<h2>Problems</h2>" + table(("what",), [(line,) for line in problems[:50]]) if problems else "",
-    ]
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "img{max-width:100%}table{border-collapse:collapse;margin:.5rem 0}"
-        "td,th{border-bottom:1px solid #ddd;padding:.2rem .8rem;text-align:left}"
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>triplets</title><style>{style}</style>{''.join(parts)}</html>"
+    return render(
+        Path(__file__).with_suffix(".html"),
+        folder=folder,
+        total=sum(shard.stats.count for shard in shards),
+        shards=len(shards),
+        megabytes=sum(shard.stats.bytes for shard in shards) / 1e6,
+        objects=len(objects),
+        sheet=data_uri(buffer.getvalue(), "png"),
+        tables=[(heading, head, [("all", row) for row in rows]) for heading, head, rows in tables],
     )

@@ -52,7 +52,7 @@ def draw_subjects(out: Path, count: int, size: int, pictures: int = 4) -> None:
     classes = []
     for number in tqdm(range(count), desc="subjects", unit="subject"):
         seed = scene.HELD_OUT_SEED + number
-        subject = scene.make_subject(seed, category=scene.CATEGORIES[number % len(scene.CATEGORIES)])
+        subject = scene.held_out_subject(number)
         folder = out / f"{subject.category}_{number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(pictures):

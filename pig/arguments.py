@@ -9,15 +9,16 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
 
-from pig.methods import FORMS, find_model, pipeline_class
 from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
-from pig.models.backbone import TOYWORLD
-from pig.sampling.settings import Control, controls
+from pig.models.names import FORMS, TOYWORLD
+
+if TYPE_CHECKING:
+    from pig.sampling.settings import Control
 
 
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
@@ -99,6 +100,9 @@ def _dataclass_of(hint: Any) -> type | None:
 
 def _add_controls(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
     """Flags of the controls of the model that the words name, with that model's defaults; flag -> control."""
+    from pig.methods import find_model, pipeline_class  # not for commands without a model: imports of seconds
+    from pig.sampling.settings import controls
+
     model = _named_model(words)
     source = find_model(model)
     group = parser.add_argument_group(f"controls of {model} ({source.method})")

@@ -8,8 +8,6 @@ What is finished is kept: a demo that was stopped goes on where it stood.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import json
 import logging
 import shutil
@@ -36,12 +34,14 @@ from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.evaluation.benchmark import Scorer
 from pig.evaluation.figures import curve_svg, read_curve
-from pig.evaluation.report import write_report
+from pig.evaluation.report import Section, write_report
 from pig.evaluation.tables import means_table
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG
-from pig.models.backbone import TOYWORLD, half_is_fast
+from pig.models.backbone import half_is_fast
 from pig.models.encoders import load_clip, load_dino
+from pig.models.names import TOYWORLD
+from pig.pages import Markup, data_uri
 from pig.toyworld import scene
 
 CONFIG = Path("configs/bootpig/toyworld.yaml")
@@ -104,12 +104,14 @@ def main() -> None:
     # A run that was stopped before its first step has left no metrics.
     logs = [path.parent for path in (out / "fit").glob("version_*/metrics.csv")]
     logs.sort(key=lambda path: int(path.name.removeprefix("version_")))
-    grid = base64.b64encode((out / "grid.png").read_bytes()).decode()
-    sections = {
-        "Pictures": f'<img alt="grid of pictures" src="data:image/png;base64,{grid}">',
-        "Training loss": curve_svg(read_curve([path / "metrics.csv" for path in logs], "train/loss")),
-        "Settings": f"<pre>{html.escape((logs[-1] / 'config.yaml').read_text(encoding='utf-8'))}</pre>",
-    }
+    curve = read_curve([path / "metrics.csv" for path in logs], "train/loss")
+    grid = data_uri((out / "grid.png").read_bytes(), "png")
+    config = (logs[-1] / "config.yaml").read_text(encoding="utf-8")
+    sections = [
+        Section("Pictures", Markup('<img alt="grid of pictures" src="{}">').format(grid)),
+        Section("Training loss", Markup('<div class="curve">{}</div>').format(Markup(curve_svg(curve)))),
+        Section("Settings", Markup("<pre>{}</pre>").format(config)),
+    ]
     write_report(results, out, title="BootPIG on the toy world", summary=summary, sections=sections)
     console.print(means_table(scores))
     if chosen.beside is not None:
@@ -204,7 +206,7 @@ def draw_truth(jobs: Sequence[Job], folder: Path) -> None:
     """Real pictures of the subject as the prompt wants it: the toy world can draw them, so the bound is exact."""
     for (job,) in fresh(folder, jobs, size=1):
         number = int(job.subject.name.split("_")[1])
-        subject = scene.make_subject(scene.HELD_OUT_SEED + number, category=job.subject.class_noun)
+        subject = scene.held_out_subject(number)
         background = list(scene.BACKGROUNDS)[job.prompt_index]
         drawing = scene.draw(subject, background, seed=scene.HELD_OUT_SEED * 20 + number * len(SEEDS) + job.seed)
         save_generated(folder, job, Image.fromarray(drawing.image), method="drawn", settings={})

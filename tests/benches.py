@@ -10,8 +10,8 @@ from small_networks import save_benchmark
 
 from pig import cli
 from pig.errors import InputError
-from pig.models.backbone import WEIGHTS
 from pig.models.encoders import ClipEncoder, DinoEncoder
+from pig.models.names import WEIGHTS
 
 
 @pytest.fixture(scope="module")

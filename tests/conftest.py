@@ -19,7 +19,7 @@ from pig.data.schema import Batch
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 from pig.models.backbone import half_is_fast
-from pig.models.foreground import CuttingOut
+from pig.models.cutting_out import CuttingOut
 
 pytest_plugins = ["benches", "chains", "drawing"]  # their fixtures
 

@@ -30,7 +30,7 @@ from transformers import (
     ViTModel,
 )
 
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 
 OBJECT_TEMPLATES = ["a {0} {1} in the jungle", "a {0} {1} on the beach", "a red {0} {1}"]
 LIVE_TEMPLATES = ["a {0} {1} in the jungle", "a {0} {1} wearing a red hat", "a red {0} {1}"]

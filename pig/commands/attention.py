@@ -17,8 +17,9 @@ from pig.commands.options import Subjects
 from pig.errors import InputError
 from pig.files import make_folder, replacing
 from pig.methods import find_model, load_pipeline, pipeline_class
-from pig.models.backbone import TOYWORLD, tokenize
-from pig.models.foreground import CuttingOut
+from pig.models.cutting_out import CuttingOut
+from pig.models.encoders import tokenize
+from pig.models.names import TOYWORLD
 
 
 def attention(

@@ -14,7 +14,7 @@ from pig.commands.generate import cut_out_all
 from pig.commands.options import Subjects
 from pig.errors import InputError
 from pig.files import write_text
-from pig.models.backbone import TOYWORLD
+from pig.models.names import TOYWORLD
 from pig.sampling.delta import DELTA
 from pig.sampling.pipeline import SubjectPipeline
 

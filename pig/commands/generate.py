@@ -16,8 +16,8 @@ from pig.data.subjects import Segment, SubjectFolder, load_cutout
 from pig.errors import InputError
 from pig.files import make_folder
 from pig.methods import Source, default_device, find_model, load_pipeline, pipeline_class
-from pig.models.backbone import TOYWORLD
-from pig.models.foreground import CuttingOut
+from pig.models.cutting_out import CuttingOut
+from pig.models.names import TOYWORLD
 from pig.sampling.delta import deltas_of, kept_steps
 
 log = logging.getLogger(__name__)

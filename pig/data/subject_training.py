@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from torchvision.transforms.v2 import functional as tv
 
 from pig.data.loading import ResumableLoader
 from pig.data.modules import PersonalisationData, seed_of_run
 from pig.data.schema import Batch
 from pig.data.shards import digest_of
 from pig.data.subjects import SubjectFolder, read_subject
-from pig.data.transforms import load_image, target_picture
+from pig.data.transforms import load_image, target_picture, to_bytes
 from pig.errors import InputError, check_ranges
 
 EPOCH = 1000  # steps of what Lightning calls an epoch: a pass over four pictures would end all the time
@@ -104,7 +103,7 @@ class SubjectDataset(IterableDataset[Batch]):
     def pictures(self) -> dict[str, Tensor]:
         """Key -> (3, H, W) uint8."""
         return {
-            f"{kind}/{path.name}": tv.pil_to_tensor(target_picture(load_image(path), self.resolution))
+            f"{kind}/{path.name}": to_bytes(target_picture(load_image(path), self.resolution))
             for kind, files in self.files.items()
             for path in files
         }

@@ -14,7 +14,6 @@ import torch
 from numpy.random import Generator
 from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from pig.errors import InputError, check_named, check_ranges
 
@@ -186,6 +185,8 @@ class ReferenceAugmentation:
         if flip:
             picture = ImageOps.mirror(picture)
         if jitter:
+            from torchvision.transforms.v2 import functional as tv  # seconds, which most commands need not wait
+
             brightness, contrast, saturation = rng.uniform(0.8, 1.2, 3)
             picture = tv.adjust_brightness(picture, brightness)
             picture = tv.adjust_saturation(tv.adjust_contrast(picture, contrast), saturation)
@@ -216,7 +217,12 @@ def target_picture(image: Image.Image, size: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    return to_bytes(image).float() / 127.5 - 1
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def to_images(tensor: Tensor) -> list[Image.Image]:

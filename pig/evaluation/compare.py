@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pig.errors import InputError
-from pig.evaluation.report import table_of, write_report
+from pig.evaluation.report import Section, write_report
+from pig.evaluation.report import Table as PageTable
 from pig.evaluation.results import Result, notes_of
 from pig.evaluation.statistics import interval, sign_flip_p
 from pig.evaluation.tables import MAIN, TITLES, score_table, short, write_tables
@@ -75,11 +75,9 @@ def compare(results: list[Path], /, out: Path) -> None:
         "Means over subjects of what each image of the first has more than the other's of the "
         "same prompt and seed; interval: subjects drawn again; p: signs of the subjects' differences flipped at random."
     )
-    section = (
-        table_of(head, [("all", [html.escape(one) for one in row]) for row in rows]) + f'<p class="dim">{told}</p>'
-    )
+    section = Section("Differences", tables=[PageTable(head, [("all", row) for row in rows])], note=told)
     write_tables(read, out)
-    write_report(read, out, sections={"Differences": section})
+    write_report(read, out, sections=[section])
     for note in notes_of(read):
         console.print(f"note: {note}", highlight=False, markup=False)
     for file in ("report.html", "table.md"):

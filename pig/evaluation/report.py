@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pig.evaluation.figures import Point, plane_svg
 from pig.evaluation.results import Result, Score, notes_of
 from pig.evaluation.tables import BOUNDS, PUBLISHED, TITLES, names_of, rows_of, short
+from pig.pages import Markup, data_uri, render
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 CELL = ("key", "file", "dino", "clip_i", "clip_t", "copied", "nearest", "nearest_dino")
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: (class, cells); a cell that is no `Markup` is escaped."""
+
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, and below it what there is of tables, a dim line, and content of its own, a `Markup`."""
+
+    heading: str
+    content: str = ""
+    tables: Sequence[Table] = ()
+    note: str = ""
 
 
 def write_report(
@@ -24,95 +41,81 @@ def write_report(
     *,
     title: str | None = None,
     summary: Sequence[str] = (),
-    sections: Mapping[str, str] | None = None,
+    sections: Sequence[Section] = (),
 ) -> None:
     """Write `out/report.html`. Several results: their images side by side, prompt by prompt.
 
     Args:
         summary: lines under the title.
-        sections: heading -> HTML, between the plane and the images.
+        sections: between the plane and the images.
     """
-    first = results[0]
-    title = title or " against ".join(result.name for result in results)
-    lines = [f"<p>{html.escape(line)}</p>" for line in summary]
-    for result in results:
-        told = f"{result.name}: {len(result.images)} images of {len(result.subjects)} subjects"
-        told += f"; protocol {result.protocol}, hash {result.hash}"
-        lines.append(f'<p class="dim">{html.escape(told)}</p>')
-    lines += [f'<p class="note">{html.escape(note)}</p>' for note in notes_of(results)]
-    body = [_section("Scores", "".join(rows_table(result, subjects=False) for result in results) + _explanation(first))]
+    first, several = results[0], len(results) > 1
+    told = [
+        f"{result.name}: {len(result.images)} images of {len(result.subjects)} subjects; protocol {result.protocol}, "
+        f"hash {result.hash}"
+        for result in results
+    ]
+    body = [Section("Scores", tables=[rows_table(one, subjects=False) for one in results], note=_explanation(first))]
     points = [Point(result.name, result.per_subject()) for result in results]
-    if len(first.subjects) > 1 or len(points) > 1:
+    if len(first.subjects) > 1 or several:
         plane = plane_svg(points, fixed_of(first), ceiling_of(first))
-        body.append(_section("The plane", f'<div class="plane">{plane}</div>'))
-    body += [_section(heading, content) for heading, content in (sections or {}).items()]
-    tail = [_section("Subjects", "".join(rows_table(result, subjects=True) for result in results))]
-    tail.append(_section("As published", published_rows()))
-    moves = html.escape(json.dumps({result.name: result.moves for result in results}, indent=1))
-    moving = "<p>The hash is of all this; scores of other hashes are other scores.</p>"
-    tail.append(
-        _section("What moves the numbers", f"{moving}<details><summary>show</summary><pre>{moves}</pre></details>")
+        body.append(Section("The plane", Markup('<div class="plane">{}</div>').format(Markup(plane))))
+    moves = json.dumps({result.name: result.moves for result in results}, indent=1)
+    tail = [
+        Section("Subjects", tables=[rows_table(result, subjects=True) for result in results]),
+        published_rows(),
+        Section(
+            "What moves the numbers",
+            Markup("<details><summary>show</summary><pre>{}</pre></details>").format(moves),
+            note="The hash is of all this; scores of other hashes are other scores.",
+        ),
+    ]
+    page = render(
+        TEMPLATE,
+        title=title or " against ".join(result.name for result in results),
+        summary=summary,
+        told=told,
+        notes=notes_of(results),
+        body=[*body, *sections],
+        tail=tail,
+        card=min(160 * len(results), 640) if several else 150,
+        wide=min(160 * (len(results) + 1), 640) if several else 190,
+        wide_phone=300 if several else 165,
+        phone=300 if several else 105,
+        data=gallery(results),
     )
-    filled = {
-        "title": html.escape(title),
-        "summary": "\n".join(lines),
-        "body": "\n".join(body),
-        "tail": "\n".join(tail),
-        "card": str(150 if len(results) == 1 else min(160 * len(results), 640)),
-        "wide": str(190 if len(results) == 1 else min(160 * (len(results) + 1), 640)),
-        "wide_phone": str(165 if len(results) == 1 else 300),
-        "phone": str(105 if len(results) == 1 else 300),
-        # No tag in a prompt may mean anything to the script's end.
-        "data": json.dumps(gallery(results)).replace("<", "\\u003c"),
-    }
-    # In one pass: what is filled in may look like a place to fill.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], TEMPLATE.read_text(encoding="utf-8"))
     (out / "report.html").write_text(page, errors="backslashreplace", encoding="utf-8")
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
-
-
-def table_of(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """rows: (class, cells); the cells are HTML."""
-    top = "".join(f"<th>{html.escape(one)}</th>" for one in head)
-    body = "".join(f'<tr class="{kind}">{"".join(f"<td>{one}</td>" for one in cells)}</tr>' for kind, cells in rows)
-    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def _cell(scores: Mapping[str, Score], name: str) -> str:
     score = scores.get(name)
     if score is None:
         return ""
-    around = "" if score["low"] == score["high"] else f" <small>[{short(score['low'])}, {short(score['high'])}]</small>"
-    return short(score["mean"]) + around
+    mean, low, high = (short(score[name]) for name in ("mean", "low", "high"))
+    return mean if low == high else Markup("{} <small>[{}, {}]</small>").format(mean, low, high)
 
 
-def rows_table(result: Result, *, subjects: bool) -> str:
+def rows_table(result: Result, *, subjects: bool) -> Table:
     """The rows of the subjects, or all others."""
     names = names_of(result)
     rows = [
-        (sort, [html.escape(name), *(_cell(scores, one) for one in names)])
+        (sort, [name, *(_cell(scores, one) for one in names)])
         for sort, name, scores in rows_of(result)
         if (sort == "subject") == subjects
     ]
-    return table_of([result.name if subjects else "", *(TITLES[name] for name in names)], rows)
+    return Table([result.name if subjects else "", *(TITLES[name] for name in names)], rows)
 
 
-def published_rows() -> str:
+def published_rows() -> Section:
     rows = [
-        (
-            "bound",
-            [html.escape(one.name), *(short(x) if x else "" for x in (one.dino, one.clip_i, one.clip_t)), one.protocol],
-        )
+        ("bound", [one.name, *(short(x) if x else "" for x in (one.dino, one.clip_i, one.clip_t)), one.protocol])
         for one in PUBLISHED
     ]
     note = (
-        '<p class="dim">On the DreamBooth benchmark, as the papers print them; the protocol where it is known. Compare '
-        "only with scores of the same networks.</p>"
+        "On the DreamBooth benchmark, as the papers print them; the protocol where it is known. Compare only with "
+        "scores of the same networks."
     )
-    return note + table_of(["", "DINO", "CLIP-I", "CLIP-T", "protocol"], rows)
+    return Section("As published", tables=[Table(["", "DINO", "CLIP-I", "CLIP-T", "protocol"], rows)], note=note)
 
 
 def _explanation(result: Result) -> str:
@@ -126,7 +129,7 @@ def _explanation(result: Result) -> str:
         text += " Diversity: 1 - the DINO cosine between images of one prompt."
     if "prompt_accuracy" in result.scores:
         text += " Prompt found: how often CLIP finds an image's own prompt the most similar of all."
-    return f'<p class="dim">{html.escape(text)}</p>'
+    return text
 
 
 def fixed_of(result: Result) -> list[tuple[str, float, float]]:
@@ -152,7 +155,7 @@ def gallery(results: Sequence[Result]) -> dict[str, Any]:
         if key not in thumbnails:
             picture = result.folder / "thumbnails" / f"{key}.jpg"
             if picture.exists():
-                thumbnails[key] = "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()
+                thumbnails[key] = data_uri(picture.read_bytes(), "jpeg")
         return key
 
     items: dict[tuple[str, int, str], dict[str, Any]] = {}

@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pig.errors import InputError
-from pig.evaluation.metrics import PerSubject
 from pig.evaluation.statistics import interval, rate_interval
 from pig.files import write_text
+
+if TYPE_CHECKING:
+    from pig.evaluation.metrics import PerSubject
 
 RESULTS = "results.json"
 RATES = ("prompt_accuracy",)  # shares of images, of which each is a yes or a no

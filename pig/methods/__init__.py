@@ -21,14 +21,8 @@ from safetensors import SafetensorError
 
 from pig.errors import InputError, check_named
 from pig.files import read_json
-from pig.models.backbone import (
-    TOYWORLD,
-    WEIGHTS,
-    Backbone,
-    base_digest,
-    check_backbone,
-    load_backbone,
-)
+from pig.models.backbone import Backbone, base_digest, check_backbone, load_backbone
+from pig.models.names import FORMS, TOYWORLD, WEIGHTS
 from pig.models.weights import read_weights
 from pig.sampling.delta import DELTA, kept_steps, load_weights, read_delta, tuned_subjects
 from pig.sampling.pipeline import SubjectPipeline
@@ -51,10 +45,6 @@ BLEND = "dreamblend:"  # before a folder made by `tune`
 EMBEDDED = "bootpig"  # what `toyworld` stands for
 WHOLE = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th", ".joblib", ".npy", ".npz")
-FORMS = (
-    f"a folder made by `export` or `tune`, `dreamblend:FOLDER` made by `tune`, `{TOYWORLD}`, `{TOYWORLD}/METHOD`, "
-    "or `base:NAME` for a Stable Diffusion without references"
-)
 
 
 def pipeline_class(method: str) -> type[SubjectPipeline]:
@@ -106,8 +96,7 @@ def find_model(model: str | Path) -> Source:
         method = name.partition("/")[2] or EMBEDDED
         folder = WEIGHTS / method
         if method not in METHODS or not (folder / DELTA).is_file():
-            embedded = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{DELTA}"))
-            raise InputError(f"no embedded model {name!r}; there are: {', '.join(('base', *embedded))}")
+            raise InputError(f"no embedded model {name!r}; there are: {', '.join(embedded_models())}")
     if (folder / DELTA).is_file():
         delta = read_delta(folder)
         return Source(delta.method, folder, delta.settings, delta.base)
@@ -126,6 +115,35 @@ def find_model(model: str | Path) -> Source:
     if index.get("_class_name") == "StableDiffusionPipeline":
         raise InputError(f"{model} is a Stable Diffusion without a method: draw with it by --model base:{model}")
     raise InputError(f"{model} is a {index.get('_class_name')}, of no method known here ({', '.join(METHODS)})")
+
+
+def embedded_models() -> list[str]:
+    """The names of the models that come with the package."""
+    methods = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{DELTA}"))
+    return [TOYWORLD, *(f"{TOYWORLD}/{name}" for name in methods if name != EMBEDDED), f"base:{TOYWORLD}"]
+
+
+def models_at(model: str) -> list[str]:
+    """The models that a name stands for: itself; of a folder of models, those in it, up to two levels down. Of a
+    subject that was tuned, the last kept step.
+
+    Raises:
+        InputError: there is no model.
+    """
+    folder = Path(model)
+    own = any((folder / name).is_file() for name in (WHOLE, DELTA))
+    if own or not folder.is_dir() or model.startswith((TOYWORLD, BLEND, "base:")):
+        find_model(model)
+        return [model]
+    found = []
+    for one in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if any((one / name).is_file() for name in (WHOLE, DELTA)):
+            found.append(str(one))
+        elif steps := kept_steps(one):
+            found.append(str([*steps.values()][-1]))
+    if not found:
+        raise InputError(f"{model} holds no models: give {FORMS}, or a folder of such folders")
+    return found
 
 
 def load_pipeline(model: str | Path, device: str | torch.device | None = None) -> SubjectPipeline:

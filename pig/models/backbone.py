@@ -30,6 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 from pig import diffusion
 from pig.errors import InputError, check_named
+from pig.models.encoders import tokenize
+from pig.models.names import resolve
+from pig.models.weights import weights_digest
 
 transformers_logging.disable_progress_bar()  # loading takes a moment
 
@@ -40,9 +43,7 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {}),
     "ddpm": (DDPMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),  # ancestral
 }
-TOYWORLD = "toyworld"
 VAE_PIXELS = 8 * 512**2  # encoded at a time: enough for any device, and less memory than the UNets take
-WEIGHTS = Path(__file__).parents[1] / "toyworld/weights"
 
 
 @dataclass
@@ -54,11 +55,6 @@ class Backbone:
     tokenizer: CLIPTokenizer
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
-
-
-def resolve(name: str | Path, part: str = "base") -> str:
-    """The folder of an embedded model for the name `toyworld`; any other name as it is."""
-    return str(WEIGHTS / part) if str(name) == TOYWORLD else str(name)
 
 
 def load_backbone(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Backbone:
@@ -195,17 +191,6 @@ def check_prediction_type(backbone: Backbone) -> None:
         )
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, L) long; longer texts are cut at the tokenizer's `model_max_length`."""
-    return tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
 def sent(made: Tensor, device: torch.device) -> Tensor:
     """What was made on the CPU, there; from pinned memory, as a GPU's work would have to end first otherwise."""
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
@@ -238,15 +223,6 @@ def base_settings(vae: AutoencoderKL, scheduler: SchedulerMixin, tokenizer: CLIP
         "length": tokenizer.model_max_length,
     }
     return json.dumps(told, sort_keys=True, default=str)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 of all parameters and buffers with their names."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -25,13 +25,25 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 from transformers.utils import logging as transformers_logging
 
 from pig.errors import InputError
-from pig.models.backbone import resolve, tokenize, weights_digest
+from pig.models.names import resolve
+from pig.models.weights import weights_digest
 
 OPEN_CLIP, TIMM = "open_clip:", "timm:"
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 FILTERS = {BILINEAR: tv.InterpolationMode.BILINEAR, BICUBIC: tv.InterpolationMode.BICUBIC}
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, L) long; longer texts are cut at the tokenizer's `model_max_length`."""
+    return tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
 
 
 class ImageEncoder(ABC):

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pig.data.subjects import Segment
 from pig.errors import InputError, check_named
+from pig.models.cutting_out import DETECTOR, RembgModel, SegmenterName
 from pig.models.encoders import weights_digest
 from pig.models.segmenters import best_boxes, encode, is_background, load_detector, load_sam, masks_for
 
-SegmenterName = Literal["none", "sam", "grounded-sam", "rembg"]
-# Their licences allow commercial use: U2-Net (Apache-2.0; 4 MB), IS-Net (Apache-2.0; 180 MB), BiRefNet (MIT; 970 MB).
-# rembg's own default is none of these: its newest one forbids commercial use without an agreement.
-RembgModel = Literal["u2netp", "isnet-general-use", "birefnet-general"]
-DETECTOR = "IDEA-Research/grounding-dino-tiny"
 THRESHOLD = 0.25  # of Grounding DINO's certainty; its authors'
 
 
@@ -61,36 +55,6 @@ def make_segmenter(
     if name == "grounded-sam":
         return GroundedSamSegmenter(sam, detector, device)
     return RembgSegmenter(rembg_model) if name == "rembg" else None
-
-
-@dataclass
-class CuttingOut:
-    """How the object of a picture is found."""
-
-    segmenter: SegmenterName = "none"
-    """none (the picture is taken as it is), sam, grounded-sam (needs a class noun) or rembg."""
-    sam: str = "toyworld"
-    """`toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
-    detector: str = DETECTOR
-    """Of grounded-sam: a Grounding DINO in transformers' format."""
-    box: list[float] | None = None
-    """For sam: where the object is, x0 y0 x1 y1 in pixels (all pictures alike)."""
-    point: list[float] | None = None
-    """For sam: x y of a pixel of the object."""
-    rembg_model: RembgModel = "isnet-general-use"
-    """Of rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
-    rembg fetches it at the first use."""
-
-    def make(self) -> Segment | None:
-        return make_segmenter(
-            self.segmenter,
-            sam=self.sam,
-            detector=self.detector,
-            box=self.box,
-            point=self.point,
-            rembg_model=self.rembg_model,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
 
 
 class SamSegmenter:

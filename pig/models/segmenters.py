@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from pig.errors import InputError
-from pig.models.backbone import resolve
+from pig.models.names import resolve
 
 META_SIZES = ("vit_h", "vit_l", "vit_b")
 

@@ -14,8 +14,10 @@ from transformers import CLIPVisionModelWithProjection
 from pig.data.schema import Batch
 from pig.data.transforms import WHITE, Colour, reference_picture, to_tensor
 from pig.errors import InputError
-from pig.models.backbone import TOYWORLD, resolve, sent, weights_digest
+from pig.models.backbone import sent
 from pig.models.encoders import OPENAI_MEAN, OPENAI_STD, load_transformer
+from pig.models.names import TOYWORLD, resolve
+from pig.models.weights import weights_digest
 
 
 def load_vision(name: str | Path, digest: str | None = None) -> tuple[CLIPVisionModelWithProjection, str]:

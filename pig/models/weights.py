@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pig.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -62,3 +65,12 @@ def copy_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor], where: 
             if not given[name].isfinite().all():
                 raise InputError(f"{where}: {name} holds numbers that are not finite (NaN): the training went wrong")
             tensor.copy_(given[name])
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of all parameters and buffers with their names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from pig.data.transforms import reference_picture, to_tensor
-from pig.models.backbone import encode_images, tokenize, vae_scale
+from pig.models.backbone import encode_images, vae_scale
+from pig.models.encoders import tokenize
 from pig.sampling.call import Call, Condition
 from pig.sampling.offload import OffloadingPipeline
 from pig.sampling.settings import SamplingSettings

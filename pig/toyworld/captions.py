@@ -17,7 +17,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from pig.models.backbone import tokenize
+from pig.models.encoders import tokenize
 from pig.toyworld import scene
 
 SIZE = 64  # pixels

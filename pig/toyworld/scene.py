@@ -102,6 +102,11 @@ def make_subject(seed: int, category: str | None = None) -> Subject:
     )
 
 
+def held_out_subject(number: int) -> Subject:
+    """A subject that no training picture shows; the categories take turns."""
+    return make_subject(HELD_OUT_SEED + number, CATEGORIES[number % len(CATEGORIES)])
+
+
 def held_out_background(category: str) -> str:
     """The background that no training picture shows with this category: what held-out prompts ask for."""
     names = list(BACKGROUNDS)

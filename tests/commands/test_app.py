@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -51,9 +53,14 @@ def serving(*arguments: str, **environment: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with serving() as found:
+def address(examples) -> Iterator[str]:
+    with serving("--out", str(examples.parent)) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("page") / "app/examples"
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +109,72 @@ def draw(page, prompt: str) -> None:
     page.get_by_role("button", name="Draw", exact=True).click()
 
 
+def choose(page, model: str) -> None:
+    page.locator("#model input").click()
+    page.get_by_role("option", name=model, exact=True).click()
+
+
 def images(page):
     return page.locator("#images img")
 
 
-def test_references_are_cut_out_and_drawn_with_their_seeds(page, photo) -> None:
-    give(page, photo)
-    page.locator("#cutouts img").first.wait_for()
+def code(page) -> str:
+    """The command line that the page shows, as a shell reads it."""
+    return page.locator("#command .cm-content").inner_text()
+
+
+def redrawn(command: str, folder: Path) -> list[np.ndarray]:
+    """Run the page's command line in a folder; the pictures that it has drawn there."""
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "pig.cli", "generate"]
+    subprocess.run([sys.executable, "-W", "ignore", *words[1:]], cwd=folder, check=True, timeout=300)
+    found = sorted((folder / "runs/drawn/references").rglob("*.png"))
+    return [np.asarray(Image.open(path).convert("RGB")).astype(int) for path in found]
+
+
+def on_page(page) -> list[np.ndarray]:
+    """The pictures of the page, as its server sends them."""
+    addresses = [image.get_attribute("src") for image in images(page).all()]
+    sent = [page.request.get(address).body() for address in addresses]
+    return [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")).astype(int) for one in sent]
+
+
+def test_an_example_is_drawn_and_its_command_line_draws_the_same(page, examples) -> None:
+    page.locator("#examples button img").nth(6).click()
+    page.locator("#cutouts img").nth(2).wait_for()
+    assert page.get_by_label("What they show").input_value() == "mug"
+    page.screenshot(path=SHOTS / "example.png")
     set_number(page, "number input for Images", 2)
     set_number(page, "Seed of the first", 7)
-    draw(page, "a photo of a mug, in space")
+    page.get_by_role("button", name="Controls").click()
+    set_number(page, "number input for Image guidance", 3)
+    page.get_by_role("button", name="Draw", exact=True).click()
     images(page).nth(1).wait_for()
     said(page, "seed 7")
     said(page, "seed 8")
-    SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / "drawn.png")
+    command = code(page)
+    assert f"--references {examples}/mug_006_0.png" in command
+    assert "--image_guidance 3" in command
+    for mine, theirs in zip(on_page(page), redrawn(command, examples.parent.parent), strict=True):
+        assert np.abs(mine - theirs).max() <= 1  # images drawn together differ by rounding
+
+
+def test_models_bring_their_own_controls(page, photo) -> None:
+    def controls() -> str:
+        return page.locator("label, .label").all_inner_texts()
+
+    page.get_by_role("button", name="Controls").click()
+    page.get_by_label(re.compile("number input for Image guidance")).first.wait_for()
+    choose(page, "toyworld/ip_adapter")
+    page.get_by_label(re.compile("number input for Scale")).first.wait_for()
+    choose(page, "base:toyworld")
+    page.get_by_text("Cut out by").first.wait_for(state="hidden")
+    set_number(page, "number input for Images", 1)
+    draw(page, "a photo of a mug, on a beach")
+    images(page).first.wait_for()
+    assert "--references" not in code(page)
+    said(page, "base:toyworld")
 
 
 def test_a_phone(browser, address, photo) -> None:

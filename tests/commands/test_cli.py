@@ -19,7 +19,8 @@ from pig.commands.fit import CLI
 from pig.data.modules import TripletDataModule
 from pig.data.subject_training import SubjectDataModule
 from pig.methods import METHODS
-from pig.models.backbone import WEIGHTS, half_is_fast
+from pig.models.backbone import half_is_fast
+from pig.models.names import WEIGHTS
 
 CONFIGS = sorted(path for method in METHODS for path in Path("configs", method).glob("*.yaml"))
 TOY = "configs/bootpig/toyworld.yaml"

@@ -18,7 +18,7 @@ from pig.errors import InputError, WorkerDiedError, ending
 from pig.files import locked
 from pig.methods import load_pipeline
 from pig.methods.ezigen import EZIGen
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 
 TOY = "configs/bootpig/toyworld.yaml"
 

@@ -30,7 +30,7 @@ from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.methods import find_model, load_pipeline
 from pig.methods.dreambooth.module import DreamBooth
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 from pig.sampling.delta import DELTA, kept_steps
 from pig.training import tuned as tuned_module
 
@@ -96,6 +96,7 @@ def tuned(toy_data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_each_subject_has_its_own_steps(tuned) -> None:
     for name in NAMES[:2]:
         assert list(kept_steps(tuned / "out" / name)) == [2, 4]
@@ -242,6 +243,7 @@ def test_subjects_that_are_behind_or_torn_are_refused(tuned, tmp_path) -> None:
     assert not (tmp_path / "images").exists()
 
 
+@pytest.mark.slow
 def test_a_delta_is_there_before_its_checkpoint(toy_data, tmp_path, monkeypatch) -> None:
     """Else a run that dies between the two goes on behind the step, and never writes it."""
     data = SubjectDataModule(str(toy_data / "subjects/mug_006"), resolution=64, seed=0)

@@ -22,7 +22,7 @@ from data_gen import captions
 from data_gen.captions import Caption, Collection, grammar_captions, make_captions, parse
 from data_gen.config import CaptionsConfig
 from pig.errors import InputError
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 from pig.toyworld import scene
 
 

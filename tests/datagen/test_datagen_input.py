@@ -22,7 +22,7 @@ from data_gen.run import generate
 from data_gen.samples import Sample, read_lines, write_samples
 from data_gen.shards import ShardMaker
 from pig.errors import InputError
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 
 
 @pytest.mark.parametrize(

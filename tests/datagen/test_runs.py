@@ -59,6 +59,7 @@ def test_an_output_that_cannot_be_made_is_said(tmp_path) -> None:
         generate(config_for(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_ray_that_is_not_there_or_too_small_is_said(tmp_path, monkeypatch) -> None:
     config = config_for(tmp_path, "executor=ray", "workers=3")
     monkeypatch.setenv("RAY_ADDRESS", "foo")

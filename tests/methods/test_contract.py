@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,20 @@ def fit(module: PersonalisationModule, toy_data: Path, steps: int, folder: Path,
     return folder / f"{steps}.ckpt"
 
 
+def mostly_slow(known: list[str]) -> list[Any]:
+    """One method and CONTRIBUTING's in the gate, the others with the slow tests."""
+    return [one if one in ("bootpig", TOY) else pytest.param(one, marks=pytest.mark.slow) for one in known]
+
+
 @pytest.fixture(scope="module")
-def trained(toy_data, tmp_path_factory) -> Iterator[dict[str, Path]]:
-    """Checkpoints after two steps, by method."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(methods.METHODS, TOY, TOY)
-        found = {}
-        for method in TRAINED:
-            found[method] = fit(make_module(method), toy_data, 2, tmp_path_factory.mktemp(method))
-        yield found
+def trained(toy_data, tmp_path_factory) -> Callable[[str], Path]:
+    """The checkpoint of a method after two steps."""
+
+    @cache
+    def checkpoint(method: str) -> Path:
+        return fit(make_module(method), toy_data, 2, tmp_path_factory.mktemp(method))
+
+    return checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +140,11 @@ def test_memory_is_counted_without_training(toy_data, method) -> None:
     assert rows["activations"] > 0
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", mostly_slow(TRAINED))
 def test_whole_and_delta_draw_the_same_pixels_as_the_module(trained, cutouts, tmp_path, method) -> None:
-    expected = draw(load_module(trained[method]).pipeline(), PROMPTS[0], cutouts, generator=seeds(1))
-    export(tmp_path / "whole", checkpoint=trained[method])
-    export(tmp_path / "delta", checkpoint=trained[method], delta=True)
+    expected = draw(load_module(trained(method)).pipeline(), PROMPTS[0], cutouts, generator=seeds(1))
+    export(tmp_path / "whole", checkpoint=trained(method))
+    export(tmp_path / "delta", checkpoint=trained(method), delta=True)
     export(tmp_path / "again", model=str(tmp_path / "whole"), delta=True)
     export(tmp_path / "back", model=str(tmp_path / "delta"))
     for name in ("whole", "delta", "again", "back"):
@@ -151,18 +157,18 @@ def test_whole_and_delta_draw_the_same_pixels_as_the_module(trained, cutouts, tm
     assert size["delta"] < (0.9 if method == "dreambooth" else 0.6) * size["whole"]  # all of the UNet
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", mostly_slow(TRAINED))
 def test_a_resumed_run_equals_an_uninterrupted_one(toy_data, trained, tmp_path, method) -> None:
     torch.manual_seed(1)  # whatever else is drawn by chance must not matter
     whole = torch.load(fit(make_module(method), toy_data, 4, tmp_path / "whole"), weights_only=True)
-    resumed = fit(make_module(method), toy_data, 4, tmp_path / "resumed", resume=trained[method])
+    resumed = fit(make_module(method), toy_data, 4, tmp_path / "resumed", resume=trained(method))
     again = torch.load(resumed, weights_only=True)
     assert whole["state_dict"].keys() == again["state_dict"].keys()
     for name, weight in whole["state_dict"].items():
         assert torch.equal(weight, again["state_dict"][name]), name
 
 
-@pytest.mark.parametrize("method", [*METHODS, TOY])
+@pytest.mark.parametrize("method", mostly_slow([*METHODS, TOY]))
 def test_a_seed_gives_the_same_picture_whatever_the_batch(cutouts, method) -> None:
     pipeline = make_pipeline(method)
     together = draw(pipeline, PROMPTS, cutouts, num_images_per_prompt=2, generator=seeds(1, 2, 1, 2))
@@ -201,7 +207,7 @@ def test_without_references_diffusers_own_pipeline(cutouts, method, scheduler) -
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("method", [*METHODS, TOY])
+@pytest.mark.parametrize("method", mostly_slow([*METHODS, TOY]))
 def test_every_sampler_may_run_twice_and_in_part(cutouts, method) -> None:
     """`denoise` begins afresh each time, whatever the sampler remembers of its last run, and counts its steps on."""
     pipeline = make_pipeline(method)
@@ -229,7 +235,7 @@ def test_every_sampler_may_run_twice_and_in_part(cutouts, method) -> None:
         assert seen == [(2, int(timesteps[2])), (3, int(timesteps[3]))], scheduler
 
 
-@pytest.mark.parametrize("method", [*METHODS, TOY])
+@pytest.mark.parametrize("method", mostly_slow([*METHODS, TOY]))
 def test_shared_controls_reach_the_picture(cutouts, method) -> None:
     pipeline = make_pipeline(method)
     usual = draw(pipeline, PROMPTS[0], cutouts, generator=seeds(1), text_guidance=3.0)
@@ -291,11 +297,11 @@ data:
     assert module.method == TOY
 
 
-@pytest.mark.parametrize("method", ["base", *TRAINED])
+@pytest.mark.parametrize("method", mostly_slow(["base", *TRAINED]))
 def test_generate_and_evaluate(toy_data, trained, tmp_path, method) -> None:
     model = "base:toyworld"
-    if method in trained:
-        export(tmp_path / "model", checkpoint=trained[method], delta=True)
+    if method in TRAINED:
+        export(tmp_path / "model", checkpoint=trained(method), delta=True)
         model = str(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
     lines = (toy_data / "subjects/prompts_and_classes.txt").read_text().splitlines()

@@ -20,7 +20,8 @@ from pig.data.transforms import is_whole
 from pig.errors import InputError
 from pig.methods import find_model, load_module, load_pipeline
 from pig.methods.bootpig import BootPIGPipeline
-from pig.models.backbone import WEIGHTS, make_scheduler
+from pig.models.backbone import make_scheduler
+from pig.models.names import WEIGHTS
 from pig.toyworld import scene
 
 
@@ -149,6 +150,7 @@ def test_a_folder_by_diffusers_own_loader(tmp_path) -> None:
     assert again.settings().text_guidance == 1.5
 
 
+@pytest.mark.slow
 def test_an_exported_folder_tells_what_it_is(tmp_path, monkeypatch) -> None:
     """Card, header and the one line by which diffusers' own loader finds the class; and the call that uploads it."""
     calls: list[tuple[str, dict[str, Any]]] = []

@@ -22,8 +22,10 @@ from pig.errors import InputError
 from pig.methods import load_pipeline
 from pig.methods.dreambooth.module import DreamBooth
 from pig.methods.dreambooth.pipeline import DreamBoothPipeline
-from pig.models.backbone import WEIGHTS, align, load_backbone, tokenize
+from pig.models.backbone import align, load_backbone
+from pig.models.encoders import tokenize
 from pig.models.lora import Lora
+from pig.models.names import WEIGHTS
 from pig.sampling.delta import save_delta
 from pig.training.tuned import draw_class_pictures
 

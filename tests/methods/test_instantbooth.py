@@ -25,8 +25,10 @@ from pig.errors import InputError
 from pig.methods.instantbooth import InstantBoothNet, InstantBoothPipeline
 from pig.methods.instantbooth.module import InstantBooth
 from pig.methods.instantbooth.network import Concept, inject, text_with_concept
-from pig.models.backbone import WEIGHTS, load_backbone, tokenize
+from pig.models.backbone import load_backbone
+from pig.models.encoders import tokenize
 from pig.models.identifier import first_positions, identifier_token, with_identifier
+from pig.models.names import WEIGHTS
 from pig.models.vision import look
 
 PROMPT = "a photo of a mug, on a beach"

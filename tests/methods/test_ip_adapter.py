@@ -24,7 +24,8 @@ from pig.errors import InputError
 from pig.methods import load_pipeline, load_release
 from pig.methods.ip_adapter import IPAdapterPipeline
 from pig.methods.ip_adapter.module import IPAdapter
-from pig.models.backbone import WEIGHTS, align, load_backbone
+from pig.models.backbone import align, load_backbone
+from pig.models.names import WEIGHTS
 from pig.models.vision import look
 from pig.sampling.delta import save_delta
 

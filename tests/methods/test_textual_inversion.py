@@ -19,7 +19,9 @@ from pig.data.subject_training import ClassPictures, SubjectDataModule
 from pig.errors import InputError
 from pig.methods import load_pipeline
 from pig.methods.textual_inversion.module import TEMPLATES, TextualInversion
-from pig.models.backbone import WEIGHTS, align, encode_images, load_backbone, tokenize
+from pig.models.backbone import align, encode_images, load_backbone
+from pig.models.encoders import tokenize
+from pig.models.names import WEIGHTS
 from pig.sampling.delta import save_delta
 
 

@@ -21,6 +21,7 @@ def pipe() -> BootPIGPipeline:
     return embedded()
 
 
+@pytest.mark.slow
 def test_the_subject_appears_in_the_mask_and_nothing_changes_outside(pipe) -> None:
     dino, gains = DinoEncoder("toyworld"), []
     outside = np.asarray(box_mask()) == 0

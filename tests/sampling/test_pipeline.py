@@ -149,7 +149,7 @@ def test_photographs_of_any_shape_run(pipe, tmp_path: Path) -> None:
     assert images.isfinite().all()
 
 
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_pipeline_draws_what_the_naive_way_draws(cutouts, images) -> None:
     """`benchmarks/sampling.py` keeps the release's way: image by image, reference by reference, branch by branch."""
     module = BootPIG("toyworld", reference_caption="object")

@@ -157,8 +157,10 @@ def test_a_model_brings_its_own_guidance(cutouts, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["softmax", "argmax", "mean", "concat"])
-@pytest.mark.parametrize("references", [1, 4])
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize(
+    ("references", "images"),
+    [(4, 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 1), (1, 3), (4, 3)))],
+)
 def test_the_cache_on_equals_the_cache_off(pipe, cutouts, monkeypatch, pooling, references, images) -> None:
     refs, options = (cutouts * 2)[:references], {"num_images_per_prompt": images, "num_inference_steps": 2}
 

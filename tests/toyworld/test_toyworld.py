@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from pig.models.backbone import WEIGHTS, decode_latents, encode_images, load_backbone, tokenize
+from pig.models.backbone import decode_latents, encode_images, load_backbone
+from pig.models.encoders import tokenize
+from pig.models.names import WEIGHTS
 from pig.toyworld import scene
 from pig.toyworld.captions import classify, facts_of, make_tokenizer, random_scenes
 

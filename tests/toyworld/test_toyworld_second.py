@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer
 
 from pig.errors import InputError
-from pig.models.backbone import WEIGHTS
+from pig.models.names import WEIGHTS
 from pig.toyworld.second import captions, scene
 from pig.toyworld.second.details import EMBLEMS
 from pig.toyworld.second.stages.clip import CLIPStage, VisionStage

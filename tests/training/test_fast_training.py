@@ -271,6 +271,7 @@ def wait_until(ready: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_of_two_processes_halves_its_micro_batch(toy_data, tmp_path, monkeypatch) -> None:
     """Found in steps without exchange, as nobody can begin again within one."""
     tried, watch = short_of_memory(monkeypatch, 1, "backward"), Watch(tmp_path)
@@ -284,7 +285,14 @@ def test_out_of_memory_on_one_of_two_processes_halves_its_micro_batch(toy_data, 
 # -- memory and compilation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", [{}, {"gradient_checkpointing": True}, {"micro_batch": 4}], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ({"gradient_checkpointing": True}, {"micro_batch": 4})),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=fast_half)])
 def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -> None:
     module = BootPIG("toyworld", **way)

@@ -83,7 +83,9 @@ def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, 
         assert torch.equal(resumed["callbacks"]["EMA"]["average"][name], average), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_sharded"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", *(pytest.param(one, marks=pytest.mark.slow) for one in ("adamw_8bit", "adamw_sharded"))]
+)
 def test_every_optimizer_goes_on_from_a_checkpoint(toy_data, tmp_path, optimizer) -> None:
     def fit(steps: int, checkpoint: Path | None = None, optimizer: str = optimizer) -> dict[str, torch.Tensor]:
         module = BootPIG("toyworld", optimizer=optimizer)
@@ -115,6 +117,7 @@ def test_every_optimizer_goes_on_from_a_checkpoint(toy_data, tmp_path, optimizer
             fit(4, tmp_path / "step=2.ckpt", "adamw")
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupted) -> None:
     module = BootPIG("toyworld")
     assert set(uninterrupted["state_dict"]) == set(module.trainable())

@@ -19,7 +19,8 @@ from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG, TwoUNet
-from pig.models.backbone import WEIGHTS, check_prediction_type, load_backbone
+from pig.models.backbone import check_prediction_type, load_backbone
+from pig.models.names import WEIGHTS
 from pig.training.callbacks import EMA, SubjectSamples
 
 ATTENTION = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
@@ -9,22 +10,23 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pig.commands.app.studio import MAX_IMAGES, Pictures, Studio
+from pig.commands.app.studio import MAX_IMAGES, Order, Pictures, Studio
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
-from pig.models.backbone import TOYWORLD
-from pig.models.foreground import SegmenterName
-from pig.sampling.settings import Control, controls
+from pig.models.cutting_out import SegmenterName
+from pig.models.names import TOYWORLD
+from pig.sampling.settings import Control
+
+MODEL = {"concurrency_limit": 1, "concurrency_id": "model"}  # one at a time uses it
+NO_COMMAND = "# Once you have drawn: the command that draws the same pictures."
 
 
-def share_painted(studio: Studio, picture: Image.Image | None, painting: dict[str, Any] | None) -> str:
-    """How much of the picture will be drawn anew, in words."""
-    given = studio.hole(picture, painting)
-    if not given:
-        return ""
-    share = np.asarray(given["mask_image"]).mean() / 255
-    width, height = given["image"].size
-    return f"{width}x{height} pixels, " + (f"{share:.0%} to be drawn anew" if share else "nothing is painted over yet")
+def shown_errors(call: Callable[..., Any], *args: Any) -> Any:
+    """Call it; a mistake of the user is shown on the page."""
+    try:
+        return call(*args)
+    except InputError as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def widget(one: Control, value: Any) -> Any:
@@ -49,116 +51,214 @@ def value_of(one: Control, given: Any) -> Any:
     """A control's value from what its input holds."""
     if given is None:
         return None
-    return given.split(",") if one.kind is tuple else one.kind(given)
+    if one.kind is not tuple:
+        return one.kind(given)
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError as error:
+        raise InputError(f"{one.name}: two numbers with a comma between them, got {given!r}") from error
 
 
 def build_page(studio: Studio) -> Any:
-    """The Gradio page; what a user does wrong is shown on it."""
-    toy = studio.model.partition("/")[0] == TOYWORLD
-    own = {**studio.pipeline.settings().as_json(), **({"num_inference_steps": 20} if toy else {})}
-    known = controls(studio.pipeline.Settings)
-    reads = studio.pipeline.reads_references
-
-    def cut_out(files: list[str] | None, segmenter: SegmenterName, noun: str) -> list[Image.Image]:
-        if not files:
-            return []
-        try:
-            cutouts = studio.cut_out(files, segmenter, noun)
-        except InputError as error:
-            raise gr.Error(str(error)) from error
-        return [reference_picture(one, max(one.size)) for one in cutouts]
-
-    def draw(
-        files: list[str] | None,
-        segmenter: SegmenterName,
-        noun: str,
-        prompt: str,
-        count: int,
-        seed: int,
-        picture: Image.Image | None,
-        painting: dict[str, Any] | None,
-        request: gr.Request,
-        progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
-        *values: Any,
-    ) -> tuple[Pictures, Pictures]:
-        cut = studio.pipeline.cut_off(prompt or "")
-        if cut:
-            gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
-        settings = {one.name: value_of(one, value) for one, value in zip(known, values, strict=True)}
-        try:
-            return studio.draw(
-                str(request.session_hash),
-                progress,
-                studio.cut_out(files, segmenter, noun) if studio.pipeline.reads_references else [],
-                prompt,
-                noun or "",
-                count,
-                seed,
-                studio.hole(picture, painting),
-                **settings,
-            )
-        except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
+    """The Gradio page."""
     with gr.Blocks(title="pig", analytics_enabled=False) as page:
-        gr.Markdown(f"# Draw your subject\nModel: `{studio.model}`, {studio.native} pixels.")
+        gr.Markdown("# Draw your subject")
+        model = gr.Dropdown(studio.models, value=studio.models[0], label="Model", elem_id="model")
+        with gr.Accordion("Examples: click one", open=True):
+            examples = gr.Gallery(
+                [(str(one.pictures[0]), one.prompt.removeprefix("a photo of a ")) for one in studio.examples],
+                show_label=False,
+                columns=len(studio.examples),
+                height=170,
+                object_fit="contain",
+                allow_preview=False,
+                buttons=[],
+                interactive=False,
+                elem_id="examples",
+            )
         with gr.Row():
             with gr.Column():
-                files = gr.File(
-                    label="References: pictures of one subject",
-                    file_count="multiple",
-                    file_types=["image"],
-                    visible=reads,
-                )
-                with gr.Row(visible=reads):
-                    segmenter = gr.Dropdown(
-                        list(get_args(SegmenterName)), value="sam" if toy else "none", label="Cut out by"
-                    )
-                    noun = gr.Textbox("", label="What they show", placeholder="mug")
-                shown = gr.Gallery(label="Cut out", columns=4, object_fit="contain", elem_id="cutouts")
-                prompt = gr.Textbox("", label="Prompt", placeholder="a photo of a mug, on a beach")
-                with gr.Row():
-                    start = gr.Button("Draw", variant="primary")
-                    stop = gr.Button("Cancel")
-                with gr.Row():
-                    count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-                    seed = gr.Number(0, precision=0, label="Seed of the first")
-                with gr.Accordion("Controls", open=False):
-                    widgets = [widget(one, own[one.name]) for one in known]
+                given = {"model": model, **_inputs(studio)}
+
+                @gr.render(inputs=model)
+                def controls_of(name: str) -> None:
+                    known = studio.controls(name)
+                    with gr.Accordion("Controls", open=False):
+                        widgets = {one: widget(one, value) for one, value in known}
+
+                    def draw(
+                        values: dict[Any, Any],
+                        request: gr.Request,
+                        progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
+                    ) -> tuple[Pictures, Pictures, str, list[Image.Image]]:
+                        order = shown_errors(_order_of, values, given, widgets)
+                        pipeline = studio.pipeline(order.model)
+                        if cut := pipeline.cut_off(order.prompt):
+                            gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
+                        for doubt in pipeline.doubts([order.prompt], None, None):
+                            gr.Warning(doubt)
+                        images, versions = shown_errors(studio.draw, str(request.session_hash), progress, order)
+                        used = studio.hole(order.model, order.picture, order.painting)
+                        return images, versions, studio.command(order), list(used.values())
+
+                    inputs = {given[name] for name in NAMES} | set(widgets.values())
+                    drawing = [
+                        event(draw, inputs, [drawn, loops, command, given["used"]], **MODEL)
+                        for event in (given["start"].click, given["prompt"].submit)
+                    ]
+
+                    def cancel(request: gr.Request) -> None:
+                        studio.cancel(str(request.session_hash))
+                        gr.Info("cancelled")
+
+                    # Gradio takes what still waits from the queue; what runs is told to stop.
+                    given["stop"].click(cancel, cancels=drawing)
+
             with gr.Column():
-                drawn = gr.Gallery(label="Images", columns=2, object_fit="contain", elem_id="images")
-                with gr.Accordion("Loop by loop", open=False, visible=studio.pipeline.has_loops):
-                    loops = gr.Gallery(show_label=False, columns=4, object_fit="contain", elem_id="loops")
-                with gr.Accordion("Draw into a picture", open=False):
-                    gr.Markdown("Give a picture, and paint over what shall be drawn anew.")
-                    picture = gr.Image(type="pil", sources=["upload"], label="Picture", height=240, elem_id="picture")
-                    painting = gr.ImageEditor(
-                        type="pil",
-                        label="Paint over it",
-                        sources=[],
-                        brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=40),
-                        layers=False,
-                        transforms=[],
-                        elem_id="painting",
+                drawn = gr.Gallery(
+                    label="Images",
+                    columns=2,
+                    height="auto",
+                    object_fit="contain",
+                    format="png",
+                    interactive=False,
+                    elem_id="images",
+                )
+                command = gr.Code(
+                    NO_COMMAND,
+                    language="shell",
+                    label="The same by command line",
+                    lines=2,
+                    wrap_lines=True,
+                    show_line_numbers=False,
+                    interactive=False,
+                    elem_id="command",
+                )
+                has_loops = studio.kind(studio.models[0]).has_loops
+                with gr.Accordion("Loop by loop", open=False, visible=has_loops) as loop_by_loop:
+                    loops = gr.Gallery(
+                        show_label=False, columns=4, height="auto", object_fit="contain", elem_id="loops"
                     )
-                    painted = gr.Markdown()
-        # The editor alone forgets at times to send a picture that was dropped on it.
-        picture.change(lambda given: given, picture, painting, show_progress="hidden")
-        for change in (picture.change, painting.change):
-            change(partial(share_painted, studio), [picture, painting], painted, show_progress="hidden")
-        looks = [files, segmenter, noun]
-        for change in (files.change, segmenter.change, noun.submit):
-            change(cut_out, looks, shown, concurrency_limit=1, concurrency_id="model")
-        inputs = [*looks, prompt, count, seed, picture, painting, *widgets]
-        drawing = [
-            event(draw, inputs, [drawn, loops], concurrency_limit=1, concurrency_id="model")
-            for event in (start.click, prompt.submit)
-        ]
+                given |= _inpainting(studio, model)
 
-        def cancel(request: gr.Request) -> None:
-            studio.cancel(str(request.session_hash))
-            gr.Info("cancelled")
+        def choose(name: str) -> list[Any]:
+            kind = studio.kind(name)
+            reads = gr.update(visible=kind.reads_references)
+            return [reads, reads, reads, gr.update(visible=kind.has_loops)]
 
-        # Gradio takes what still waits from the queue; what runs is told to stop.
-        stop.click(cancel, cancels=drawing)
+        parts = [given["files"], given["cutting"], given["shown"], loop_by_loop]
+        model.change(choose, model, parts, show_progress="hidden")
+        fields = [given["files"], given["noun"], given["prompt"]]
+
+        def take(chosen: gr.SelectData) -> tuple[list[str], str, str]:
+            example = studio.examples[chosen.index]
+            return [str(path) for path in example.pictures], example.noun, example.prompt
+
+        examples.select(take, None, fields, show_progress="hidden")
+        looks = [given["files"], given["segmenter"], given["noun"]]
+        for change in (given["files"].change, given["segmenter"].change, given["noun"].submit):
+            change(partial(_cut_out, studio), looks, given["shown"], **MODEL)
+
     return page
+
+
+NAMES = ("model", "files", "segmenter", "noun", "prompt", "count", "seed", "picture", "painting")  # of an order
+
+
+def _order_of(values: dict[Any, Any], given: dict[str, Any], widgets: dict[Control, Any]) -> Order:
+    told = {name: values[given[name]] for name in NAMES}
+    settings = {one.name: value_of(one, values[field]) for one, field in widgets.items()}
+    whole = {name: int(told[name]) if told[name] is not None else None for name in ("count", "seed")}
+    files = {"files": told["files"] or (), "noun": told["noun"] or ""}
+    return Order(**{**told, **whole, **files, "settings": settings})
+
+
+def _inputs(studio: Studio) -> dict[str, Any]:
+    """The left column: references, prompt, buttons; by their names in an order."""
+    kind, toy = studio.kind(studio.models[0]), studio.models[0].partition("/")[0] == TOYWORLD
+    files = gr.File(
+        label="References: pictures of one subject",
+        file_count="multiple",
+        file_types=["image"],
+        visible=kind.reads_references,
+    )
+    with gr.Row(visible=kind.reads_references) as cutting:
+        segmenter = gr.Dropdown(
+            list(get_args(SegmenterName)), value="sam" if toy else "none", label="Cut out by", min_width=120
+        )
+        noun = gr.Textbox("", label="What they show", placeholder="mug", min_width=120)
+    shown = gr.Gallery(
+        label="Cut out",
+        columns=4,
+        height=190,
+        object_fit="contain",
+        interactive=False,
+        visible=kind.reads_references,
+        elem_id="cutouts",
+    )
+    prompt = gr.Textbox("", label="Prompt", placeholder="a photo of a mug, on a beach")
+    with gr.Row():
+        start = gr.Button("Draw", variant="primary", min_width=120)
+        stop = gr.Button("Cancel", min_width=120)
+    with gr.Row():
+        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+        seed = gr.Number(0, precision=0, label="Seed of the first")
+    return {
+        "files": files,
+        "cutting": cutting,
+        "segmenter": segmenter,
+        "noun": noun,
+        "shown": shown,
+        "prompt": prompt,
+        "start": start,
+        "stop": stop,
+        "count": count,
+        "seed": seed,
+    }
+
+
+def _inpainting(studio: Studio, model: Any) -> dict[str, Any]:
+    """The editor to draw into a picture."""
+    with gr.Accordion("Draw into a picture", open=False):
+        gr.Markdown("Give a picture, and paint over what shall be drawn anew.")
+        picture = gr.Image(type="pil", sources=["upload"], label="Picture", height=240, elem_id="picture")
+        painting = gr.ImageEditor(
+            type="pil",
+            label="Paint over it",
+            sources=[],
+            brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=40),
+            layers=False,
+            transforms=[],
+            elem_id="painting",
+        )
+        painted = gr.Markdown()
+        used = gr.Gallery(
+            label="picture.png and mask.png of the command line",
+            columns=2,
+            object_fit="contain",
+            format="png",
+            interactive=False,
+            elem_id="used",
+        )
+    # The editor alone forgets at times to send a picture that was dropped on it.
+    picture.change(lambda given: given, picture, painting, show_progress="hidden")
+    for change in (picture.change, painting.change):
+        change(partial(_share_painted, studio), [model, picture, painting], painted, show_progress="hidden")
+    return {"picture": picture, "painting": painting, "used": used}
+
+
+def _share_painted(studio: Studio, model: str, picture: Image.Image | None, painting: dict[str, Any] | None) -> str:
+    """How much of the picture will be drawn anew, in words."""
+    given = studio.hole(model, picture, painting)
+    if not given:
+        return ""
+    share = np.asarray(given["mask_image"]).mean() / 255
+    width, height = given["image"].size
+    return f"{width}x{height} pixels, " + (f"{share:.0%} to be drawn anew" if share else "nothing is painted over yet")
+
+
+def _cut_out(studio: Studio, files: list[str] | None, segmenter: SegmenterName, noun: str) -> list[Image.Image]:
+    if not files:
+        return []
+    cutouts = shown_errors(studio.cut_out, files, segmenter, noun)
+    return [reference_picture(one, max(one.size)) for one in cutouts]

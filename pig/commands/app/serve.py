@@ -1,13 +1,16 @@
-"""`app`: a page to try a model on: references in, images out. Needs the optional group `app` (Gradio)."""
+"""`app`: a page to try models on: references in, images out. Needs the optional group `app` (Gradio)."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from pig.commands.app.examples import draw_examples
 from pig.commands.app.studio import Studio
 from pig.errors import InputError
-from pig.models.backbone import TOYWORLD
-from pig.models.foreground import DETECTOR, RembgModel
+from pig.methods import embedded_models, models_at
+from pig.models.cutting_out import DETECTOR, CuttingOut, RembgModel
+from pig.models.names import TOYWORLD
 
 PASSWORD = "PIG_APP_PASSWORD"  # the environment variable: a command line can be read by others on the machine
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -18,17 +21,19 @@ def app(
     model: str = TOYWORLD,
     host: str = "127.0.0.1",
     port: int = 7860,
+    out: Path = Path("runs/app"),
     sam: str = TOYWORLD,
     detector: str = DETECTOR,
     rembg_model: RembgModel = "isnet-general-use",
 ) -> None:
-    """Serve a page to draw with a model.
+    """Serve a page to draw with a model, with those of a folder, and with the embedded ones.
 
     Args:
-        model: MODEL_FORMS.
+        model: the model to begin with, or a folder of models: MODEL_FORMS.
         host: the address to serve at. Any but the local one asks for a password, which PIG_APP_PASSWORD holds; the
             user's name is `pig`.
         port: of the page.
+        out: a folder for the pictures of the page's examples.
         sam: weights of the segmenter `sam`; see `generate`.
         detector: of the segmenter `grounded-sam`; see `generate`.
         rembg_model: of the segmenter `rembg`; see `generate`.
@@ -45,7 +50,9 @@ def app(
         from pig.commands.app.page import build_page
     except ImportError as error:
         raise InputError("the page needs Gradio: make app, or pip install 'pig[app]'") from error
-    page = build_page(Studio(model, sam, detector, rembg_model))
+    models = list(dict.fromkeys([*models_at(model), *embedded_models()]))
+    examples = draw_examples(out / "examples")
+    page = build_page(Studio(models, CuttingOut(sam=sam, detector=detector, rembg_model=rembg_model), examples))
     page.queue(max_size=MAX_WAITING)
     page.launch(
         server_name=host,

@@ -24,7 +24,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pig.attention.maps import Maps, distance, layers_of, maps_bytes, recording
 from pig.errors import InputError
-from pig.models.backbone import Backbone, SchedulerName, tokenize
+from pig.models.backbone import Backbone, SchedulerName
+from pig.models.encoders import tokenize
 from pig.models.identifier import identifier_token, with_identifier
 from pig.sampling.call import Call, Condition
 from pig.sampling.settings import SamplingSettings, control

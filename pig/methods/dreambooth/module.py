@@ -16,7 +16,8 @@ from pig.data.schema import Batch
 from pig.errors import check_ranges
 from pig.methods.dreambooth.network import DreamBoothNet
 from pig.methods.dreambooth.pipeline import DreamBoothPipeline, DreamBoothSettings
-from pig.models.backbone import sent, tokenize
+from pig.models.backbone import sent
+from pig.models.encoders import tokenize
 from pig.models.identifier import identifier_token, is_common, with_identifier
 from pig.models.lora import Lora
 from pig.training.optimizers import OptimizerName, Schedule

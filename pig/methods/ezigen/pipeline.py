@@ -19,8 +19,9 @@ from pig.attention.adapters import ScaledReferences
 from pig.data.transforms import to_images
 from pig.errors import InputError
 from pig.methods.ezigen.network import Adapters, EZIGenNet
-from pig.models.backbone import TOYWORLD, Backbone, SchedulerName, decode_latents
+from pig.models.backbone import Backbone, SchedulerName, decode_latents
 from pig.models.encoders import Clip, load_clip
+from pig.models.names import TOYWORLD
 from pig.sampling.call import Call, Condition
 from pig.sampling.guidance import branch_weights, classifier_free
 from pig.sampling.inversion import invert

@@ -9,7 +9,8 @@ from pig.data.schema import Batch
 from pig.errors import InputError, check_ranges
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
 from pig.methods.instantbooth.pipeline import VISION, InstantBoothPipeline, InstantBoothSettings
-from pig.models.backbone import sent, tokenize
+from pig.models.backbone import sent
+from pig.models.encoders import tokenize
 from pig.models.identifier import identifier_token, with_identifier
 from pig.models.vision import load_vision, pictures_of, vision_for
 from pig.training.module import PersonalisationModule

@@ -14,7 +14,8 @@ from pig.attention.adapters import PatchTokens
 from pig.data.transforms import BLACK
 from pig.errors import InputError
 from pig.methods.instantbooth.network import Concept, InstantBoothNet, text_with_concept
-from pig.models.backbone import Backbone, tokenize
+from pig.models.backbone import Backbone
+from pig.models.encoders import tokenize
 from pig.models.identifier import first_positions, identifier_token, with_identifier
 from pig.models.vision import load_vision, look_at_references, vision_for
 from pig.sampling.call import Call, Condition

@@ -15,7 +15,8 @@ from pig.data.subject_training import SubjectDataModule
 from pig.errors import InputError, check_ranges
 from pig.methods.textual_inversion.network import OneWord
 from pig.methods.textual_inversion.pipeline import TOKEN, TextualInversionPipeline
-from pig.models.backbone import sent, tokenize
+from pig.models.backbone import sent
+from pig.models.encoders import tokenize
 from pig.models.words import embedding_of
 from pig.sampling.settings import SamplingSettings
 from pig.training.optimizers import OptimizerName, Schedule

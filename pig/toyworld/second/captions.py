@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from pig.models.backbone import tokenize
+from pig.models.encoders import tokenize
 from pig.toyworld.captions import SIZE, standardised, tokenizer_of
 from pig.toyworld.second import scene
 

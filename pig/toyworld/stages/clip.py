@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from pig.models.backbone import tokenize
+from pig.models.encoders import tokenize
 from pig.toyworld import scene
 from pig.toyworld.captions import (
     CATEGORIES,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from pig import diffusion
-from pig.models.backbone import tokenize
+from pig.models.encoders import tokenize
 from pig.toyworld import scene
 from pig.toyworld.captions import caption_of, classify, facts_of, render
 from pig.toyworld.stages.base import Stage, autocast

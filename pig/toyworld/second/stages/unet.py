@@ -17,7 +17,8 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from pig import diffusion
 from pig.files import replacing
-from pig.models.backbone import encode_images, tokenize
+from pig.models.backbone import encode_images
+from pig.models.encoders import tokenize
 from pig.toyworld.second import scene
 from pig.toyworld.second.captions import (
     Scene,

@@ -1,0 +1,27 @@
+"""HTML pages by jinja2: what is filled in is escaped, and a value that is missing is an error."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+__all__ = ["Markup", "data_uri", "render"]
+
+
+def render(template: Path, **values: Any) -> str:
+    """The page of a template, which may import `table.html`; a `Markup` is filled in as it is."""
+    folders = [template.parent, Path(__file__).parent]
+    environment = Environment(
+        loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # in the order of the data
+    return environment.get_template(template.name).render(**values)
+
+
+def data_uri(picture: bytes, kind: str) -> str:
+    """A picture as an address, so that a page is one file. kind: `png` or `jpeg`."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
