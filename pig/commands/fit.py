@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from pig.commands.missing import missing_inputs
 from pig.data.modules import PersonalisationData
 from pig.errors import InputError, find_input_error
 from pig.files import locked, make_folder
@@ -57,6 +59,7 @@ class CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf+", "description": DESCRIPTION},
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"enable_model_summary": False},  # the module says what it trains
             args=args,
             run=run,
         )
@@ -64,6 +67,16 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
         parser.add_argument("--print_memory", action="store_true", help="first say what the training takes of memory")
+
+    def instantiate_classes(self) -> None:
+        """
+        Raises:
+            InputError: names all inputs of a training that are not there, not the first one only.
+        """
+        missing = missing_inputs(self.config["fit"]) if self.config.get("subcommand") == "fit" else []
+        if len(missing) > 1:
+            raise InputError("\n  ".join([f"{len(missing)} inputs of this experiment are not there:", *missing]))
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **more: Any) -> Trainer:
         """
@@ -130,13 +143,19 @@ _locks = ExitStack()  # held while a command runs
 
 
 def hush() -> None:
-    """Leave out the warnings that say nothing to a user."""
+    """Leave out the messages that say nothing to a user, and Lightning's second copy of all others."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()  # the root's handler prints them already
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda line: "Tip:" not in line.getMessage())
     for noise in (
         "Your `IterableDataset` has `__len__` defined",  # and gives each worker its own share
         r"Found \d+ module\(s\) in eval mode",  # the frozen VAE and text encoder
         "Precision bf16-mixed is not supported by the model summary",
         r".*LeafSpec",  # Lightning with a newer torch
         "You defined a `validation_step` but have no `val_dataloader`",
+        "Checkpoint directory .* exists and is not empty",  # of a run that goes on
+        "The number of training batches .* is smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", noise)
 

@@ -149,7 +149,13 @@ class ProgressBar(RichProgressBar):
     """Shows what the module has fetched for it (`PersonalisationModule.shown`), so that no step waits for the GPU."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {**super().get_metrics(trainer, pl_module), **getattr(pl_module, "shown", {})}
+        metrics = {**super().get_metrics(trainer, pl_module), **getattr(pl_module, "shown", {})}
+        metrics.pop("v_num", None)  # the number of the log's folder
+        return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Without the last epoch's number, which is -2 where steps end the run."""
+        return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
 
 
 class SaveImages(Callback):

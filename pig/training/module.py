@@ -200,7 +200,16 @@ class PersonalisationModule(MicroBatchedModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        rank_zero_info(self.parameters_told())
         rank_zero_info(self.inputs_told())
+
+    def parameters_told(self) -> str:
+        """What is trained, in words."""
+        parameters = dict(self.named_parameters())
+        total = sum(parameter.numel() for parameter in parameters.values())
+        sizes = {group: sum(parameters[name].numel() for name in names) for group, names in self.groups.items()}
+        groups = [f"{group} ({size / 1e6:.3g} M, rate {self.learning_rates[group]:g})" for group, size in sizes.items()]
+        return f"training {', '.join(groups)}; {total / 1e6:.3g} M parameters in all"
 
     def inputs_told(self) -> str:
         """What encoding the inputs of the training costs, in words."""

@@ -31,6 +31,7 @@ BELOW = {
     "sd21_fixed_timestep.yaml": "configs/bootpig/sd21.yaml",
     "sd21_768.yaml": "configs/bootpig/sd21.yaml",
     "sd21_24gb.yaml": "configs/bootpig/sd21.yaml",
+    "own_photos.yaml": "configs/bootpig/sd21.yaml",
     "sd21_sharded.yaml": "configs/bootpig/sd21.yaml",
     "toyworld_weights.yaml": TOY,
     "toyworld_regularised.yaml": "configs/dreambooth/toyworld.yaml",
@@ -122,9 +123,19 @@ def refused(*arguments: str, **environment: str) -> str:
     return done.stderr
 
 
-def test_no_shard_matches(tmp_path) -> None:
-    message = refused("fit", "--config", TOY, "--run", str(tmp_path))
-    assert f"error: no shard matches ['{tmp_path}/data/triplets']" in message
+def test_no_shard_matches(monkeypatch, capsys, tmp_path) -> None:
+    code, error = run_inline(monkeypatch, capsys, "fit", "--config", TOY, "--run", str(tmp_path))
+    assert (code, f"no shard matches ['{tmp_path}/data/triplets']" in error) == (2, True)
+
+
+def test_all_that_is_missing_is_said_at_once(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)  # without data/
+    config = Path(__file__).parents[2] / "configs/bootpig/sd21.yaml"
+    code, error = run_inline(monkeypatch, capsys, "fit", "--config", str(config), "--model.base", "nobody/nothing")
+    assert code == 2
+    assert "inputs of this experiment are not there" in error
+    for part in ("data.shards: no shard", "data.val_shards null", "subjects of SubjectSamples", "own_photos.yaml"):
+        assert part in error
 
 
 def test_mistyped_key(monkeypatch, capsys) -> None:
@@ -139,8 +150,9 @@ def test_missing_checkpoint(monkeypatch, capsys, tmp_path) -> None:
     assert "no checkpoint file" in error
 
 
-def test_missing_base_model_offline(tmp_path) -> None:
-    message = refused("fit", "--config", TOY, "--model.base", "nobody/nothing", HF_HUB_OFFLINE="1")
+def test_missing_base_model_offline(toy_data) -> None:
+    given = ["--data.shards", str(toy_data / "triplets"), "--data.val_shards", "null", "--trainer.callbacks", "[]"]
+    message = refused("fit", "--config", TOY, "--model.base", "nobody/nothing", *given, HF_HUB_OFFLINE="1")
     assert (
         "error: cannot load the base model: tried hub id (there is no such folder) 'nobody/nothing', offline" in message
     )

@@ -31,20 +31,20 @@ def shown_errors(call: Callable[..., Any], *args: Any) -> Any:
 
 def widget(one: Control, value: Any) -> Any:
     """The input of a control: a list of its values, a slider over its range, or a line of text."""
-    label, info = one.name.replace("_", " ").capitalize(), one.help
+    common = {"label": one.name.replace("_", " ").capitalize(), "info": one.help, "interactive": True}
     if one.choices:
         choices = [("the model's own", None) if choice is None else (choice, choice) for choice in one.choices]
-        return gr.Dropdown(choices, value=value, label=label, info=info)
+        return gr.Dropdown(choices, value=value, **common)
     if one.kind is bool:
-        return gr.Checkbox(value, label=label, info=info)
+        return gr.Checkbox(value, **common)
     if one.optional:
-        return gr.Number(value, label=label, info=info, precision=0 if one.kind is int else None)
+        return gr.Number(value, **common, precision=0 if one.kind is int else None)
     if one.kind is tuple:
-        return gr.Textbox(", ".join(map(str, value)), label=label, info=info)
+        return gr.Textbox(", ".join(map(str, value)), **common)
     if one.kind is str:
-        return gr.Textbox(value, label=label, info=info)
+        return gr.Textbox(value, **common)
     low, high = one.slider
-    return gr.Slider(low, high, value, step=1 if one.kind is int else 0.05, label=label, info=info)
+    return gr.Slider(low, high, value, step=1 if one.kind is int else 0.05, **common)
 
 
 def value_of(one: Control, given: Any) -> Any:
@@ -60,10 +60,10 @@ def value_of(one: Control, given: Any) -> Any:
 
 
 def build_page(studio: Studio) -> Any:
-    """The Gradio page."""
+    """The Gradio page. Inputs say that they are interactive, as Gradio does not see which ones `render` will use."""
     with gr.Blocks(title="pig", analytics_enabled=False) as page:
         gr.Markdown("# Draw your subject")
-        model = gr.Dropdown(studio.models, value=studio.models[0], label="Model", elem_id="model")
+        model = gr.Dropdown(studio.models, value=studio.models[0], label="Model", interactive=True, elem_id="model")
         with gr.Accordion("Examples: click one", open=True):
             examples = gr.Gallery(
                 [(str(one.pictures[0]), one.prompt.removeprefix("a photo of a ")) for one in studio.examples],
@@ -180,13 +180,18 @@ def _inputs(studio: Studio) -> dict[str, Any]:
         label="References: pictures of one subject",
         file_count="multiple",
         file_types=["image"],
+        interactive=True,
         visible=kind.reads_references,
     )
     with gr.Row(visible=kind.reads_references) as cutting:
         segmenter = gr.Dropdown(
-            list(get_args(SegmenterName)), value="sam" if toy else "none", label="Cut out by", min_width=120
+            list(get_args(SegmenterName)),
+            value="sam" if toy else "none",
+            label="Cut out by",
+            interactive=True,
+            min_width=120,
         )
-        noun = gr.Textbox("", label="What they show", placeholder="mug", min_width=120)
+        noun = gr.Textbox("", label="What they show", placeholder="mug", interactive=True, min_width=120)
     shown = gr.Gallery(
         label="Cut out",
         columns=4,
@@ -196,13 +201,13 @@ def _inputs(studio: Studio) -> dict[str, Any]:
         visible=kind.reads_references,
         elem_id="cutouts",
     )
-    prompt = gr.Textbox("", label="Prompt", placeholder="a photo of a mug, on a beach")
+    prompt = gr.Textbox("", label="Prompt", placeholder="a photo of a mug, on a beach", interactive=True)
     with gr.Row():
         start = gr.Button("Draw", variant="primary", min_width=120)
         stop = gr.Button("Cancel", min_width=120)
     with gr.Row():
-        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-        seed = gr.Number(0, precision=0, label="Seed of the first")
+        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", interactive=True)
+        seed = gr.Number(0, precision=0, label="Seed of the first", interactive=True)
     return {
         "files": files,
         "cutting": cutting,
@@ -221,10 +226,13 @@ def _inpainting(studio: Studio, model: Any) -> dict[str, Any]:
     """The editor to draw into a picture."""
     with gr.Accordion("Draw into a picture", open=False):
         gr.Markdown("Give a picture, and paint over what shall be drawn anew.")
-        picture = gr.Image(type="pil", sources=["upload"], label="Picture", height=240, elem_id="picture")
+        picture = gr.Image(
+            type="pil", sources=["upload"], label="Picture", height=240, interactive=True, elem_id="picture"
+        )
         painting = gr.ImageEditor(
             type="pil",
             label="Paint over it",
+            interactive=True,
             sources=[],
             brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=40),
             layers=False,
