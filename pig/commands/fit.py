@@ -15,6 +15,7 @@ import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
 
 from pig.commands.missing import missing_inputs
 from pig.data.modules import PersonalisationData
@@ -171,6 +172,8 @@ def run(args: list[str]) -> None:
         CLI()
     except SIGTERMException as error:
         raise StoppedError from error
+    except OmegaConfBaseException as error:  # of what refers to an entry that is not there
+        raise InputError(f"--config: {str(error).splitlines()[0]} at {error.full_key}") from error
     except ValueError as error:
         if "numpy accepts" in str(error):  # Lightning's only word on a seed
             raise InputError(f"--seed_everything: {error}") from error

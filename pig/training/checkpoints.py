@@ -44,8 +44,8 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as aside:
-            torch.save(checkpoint, aside)
+        with replacing(Path(path)) as aside, aside.open("wb") as stream:  # which says when the disk is full
+            torch.save(checkpoint, stream)
 
 
 class AsyncCheckpoints(WholeCheckpoints):
