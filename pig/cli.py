@@ -27,7 +27,7 @@ COMMANDS = {
         "compare results of `evaluate`: paired differences, images side by side",
     ),
     "study": ("pig.evaluation.study:study", "a blind study of two results with people"),
-    "export": ("pig.commands.export:export", "a checkpoint, model or release -> a model folder, whole or as a delta"),
+    "export": ("pig.commands.export:export", "write a checkpoint, model or authors' release as a model folder"),
 }
 # Names of the command line that are gone: command -> flag -> what to give instead.
 GONE = {"generate": {"text_only": "--model base:NAME"}}
@@ -35,7 +35,7 @@ GONE = {"generate": {"text_only": "--model base:NAME"}}
 
 def overview() -> str:
     """All commands, a line each."""
-    rows = {" | ".join(LIGHTNING): "LightningCLI: --config FILE, and --model.X, --data.X, --trainer.X over it"}
+    rows = {" | ".join(LIGHTNING): "run an experiment: --config FILE; --model.X, --data.X, --trainer.X override it"}
     rows |= {name: what for name, (_, what) in COMMANDS.items()}
     lines = [f"  {name:<33} {what}" for name, what in rows.items()]
     return "\n".join(["python -m pig.cli COMMAND ...", "", *lines, "", str(__doc__).partition("; ")[2]])

@@ -24,14 +24,14 @@ OWN = {"base": "apache-2.0", "generator": "apache-2.0", "data": "apache-2.0"}  #
 
 @dataclass
 class Licences:
-    """Under which licences a model comes to be; the card says so. Of the toy world they are known."""
+    """The licences that the model card names. Those of the toy world are known."""
 
     base_licence: str = ""
-    """Of the base model, by its hub name, such as openrail++."""
+    """For the model card: licence of the base model as the hub names it, such as openrail++."""
     generator_licence: str = ""
-    """Of the text-to-image model that drew the training pictures, if any did."""
+    """For the model card: licence of the text-to-image model that generated the training pictures, if there was one."""
     data_licence: str = ""
-    """Of the training data."""
+    """For the model card: licence of the training data."""
 
     def told(self, base: str) -> dict[str, str]:
         own = OWN if base == TOYWORLD else {}
@@ -44,11 +44,11 @@ class Example:
     """What the card shows."""
 
     references: list[Path] | None = None
-    """For the card: pictures of a subject that the model then draws."""
+    """For the examples on the model card: pictures of a subject, from which the model draws."""
     prompt: list[str] | None = None
-    """For the card: of the pictures to draw, two seeds of each."""
+    """For the examples on the model card: prompts; each is drawn with two seeds."""
     class_noun: str = ""
-    """What the references show."""
+    """The class of the object in the references, such as mug."""
 
 
 def examples(pipeline: SubjectPipeline, example: Example) -> list[tuple[str, int, Image.Image]]:

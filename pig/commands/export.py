@@ -32,7 +32,7 @@ def export(
 
     Args:
         out: the folder; an earlier model in it is replaced.
-        checkpoint: a `.ckpt` file of `fit`; its EMA weights are taken, if it has any.
+        checkpoint: a `.ckpt` file of `fit`; if it holds EMA weights, they are used.
         model: in place of a checkpoint: any model that `generate` takes.
         from_release: in place of a checkpoint: weights that a method's authors have published (EZIGen:
             `model.safetensors` of its checkpoint).
@@ -40,7 +40,8 @@ def export(
         delta: write the trained weights alone, with the name and digest of the base model: both forms draw the same
             pictures.
         half: for --delta: float16 in place of float32, half the space; the pictures differ by rounding.
-        format: `kohya`: of a LoRA, one file (--out NAME.safetensors) that ComfyUI and AUTOMATIC1111 read.
+        format: `folder`, or `kohya`: writes a LoRA as one file (--out NAME.safetensors) that ComfyUI and AUTOMATIC1111
+            read.
         push_to_hub: upload the folder as this model, such as me/my-dog.
     """
     licences, example = licences or Licences(), example or Example()

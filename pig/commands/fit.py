@@ -29,7 +29,7 @@ from pig.training.module import PersonalisationModule
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
-DESCRIPTION = "Train, validate, test or predict: --config FILE, and --model.X, --data.X, --trainer.X over it."
+OVERRIDES = "--config FILE sets everything; --model.X, --data.X and --trainer.X override single values of the file."
 
 
 class Parser(PlainErrors, LightningArgumentParser):
@@ -47,6 +47,8 @@ class Parser(PlainErrors, LightningArgumentParser):
 class CLI(LightningCLI):
     """LightningCLI in subclass mode with the omegaconf parser, so that configs may interpolate."""
 
+    description = "Train, validate, test or predict. " + OVERRIDES
+
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         words = sys.argv[1:] if args is None else args
         refuse_empty(words, "--run", "--out", "--subjects")
@@ -58,7 +60,7 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
-            parser_kwargs={"parser_mode": "omegaconf+", "description": DESCRIPTION},
+            parser_kwargs={"parser_mode": "omegaconf+", "description": self.description},
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"enable_model_summary": False},  # the module says what it trains
             args=args,
@@ -67,7 +69,8 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", default="runs/run", help="folder of this run, which configs refer to as ${run}")
-        parser.add_argument("--print_memory", action="store_true", help="first say what the training takes of memory")
+        told = "print an estimate of the memory that training needs, then train"
+        parser.add_argument("--print_memory", action="store_true", help=told)
 
     def instantiate_classes(self) -> None:
         """

@@ -22,17 +22,17 @@ class Subjects:
     """What is drawn: the subject of some pictures under some prompts, or a whole benchmark."""
 
     references: list[Path] | None = None
-    """Pictures of one subject. The object is found by the picture's own alpha, else by a `NAME.mask.png` beside it,
-    else by the segmenter."""
+    """Pictures of one subject. The object is cut out by the picture's alpha channel; without one, by `NAME.mask.png`
+    beside it; without either, by the segmenter."""
     prompt: list[str] | None = None
-    """One or several, such as "a photo of a mug, on a beach"."""
+    """One or several prompts, such as "a photo of a mug, on a beach"."""
     subjects: Path | None = None
     """In place of references and prompt: a folder of subjects in DreamBooth's layout."""
     prompts: Path | None = None
-    """A text file, a prompt a line; for --subjects also one like `prompts_and_classes.txt`, by default the folder's
-    own."""
+    """A text file with one prompt per line. With --subjects also a file in the format of `prompts_and_classes.txt`;
+    default: that file in the subjects folder."""
     only: list[str] | None = None
-    """For --subjects: some of them, by their folders' names."""
+    """With --subjects: draw only these subjects, by their folders' names."""
     step: int | None = None
     """For a model made by `tune`: which of the kept steps; by default the last one."""
     early: int | None = None
@@ -40,13 +40,13 @@ class Subjects:
     late: int | None = None
     """For `dreamblend:FOLDER`: the late checkpoint; by default the last of the kept steps."""
     class_noun: str = ""
-    """What the references show; with --subjects the classes are known."""
+    """The class of the object in the references, such as mug. With --subjects the prompts file names the classes."""
     references_per_subject: int | None = None
-    """Use the first so many pictures; all by default."""
+    """Use only the first N pictures of each subject; default: all."""
     image: Path | None = None
     """Inpainting: the picture to draw into."""
     mask: Path | None = None
-    """Inpainting: of the picture's size, white where to draw."""
+    """Inpainting: a mask of the same size as --image, white where to draw."""
 
     def read(self, reads_references: bool) -> list[SubjectFolder]:
         """
@@ -89,29 +89,32 @@ class Output:
     """How many pictures, and how they are drawn."""
 
     images_per_prompt: int = 4
-    """With seeds `seed`, `seed + 1`, ..."""
+    """Number of images per prompt; they use the seeds `seed`, `seed + 1`, ..."""
     seed: int = 0
-    """Of the first image of each prompt."""
+    """The seed of the first image of each prompt."""
     height: int | None = None
-    """In pixels, a multiple of 8; the model's own by default."""
+    """Height in pixels, a multiple of 8; default: the model's own."""
     width: int | None = None
-    """Likewise."""
+    """Width in pixels, a multiple of 8; default: the model's own."""
     batch_size: int = 8
-    """Images drawn at a time."""
+    """Number of images drawn in one batch."""
     shard: str = "0/1"
-    """For --subjects, I/N: draw the I-th of N equal parts (I from 0), on as many devices or machines."""
+    """With --subjects, I/N: draw only part I of N equal parts (I counts from 0). Run each part on its own device or
+    machine."""
     executor: ExecutorName = "local"
-    """For --subjects with several workers: `local` processes of this machine, or `ray`, the cluster at RAY_ADDRESS."""
+    """With --subjects and several workers: `local` starts processes on this machine, `ray` uses the cluster at
+    RAY_ADDRESS."""
     workers: int = 1
-    """For --subjects: so many draw together; with GPUs, one GPU each."""
+    """With --subjects: number of processes that draw at the same time; with GPUs, each uses one GPU."""
     threads: int = 1
-    """CPU threads of each of several workers."""
+    """CPU threads per worker, if there are several workers."""
     reference_cache: float = 0.0
-    """GiB of memory for what was read of references, to be used again."""
+    """GiB of CPU memory in which the references' features are kept, so that they need not be computed again."""
     save_references: bool = False
-    """Write what was cut out of the references into `OUT/cutouts`: transparent PNGs, which `data_gen photos` packs."""
+    """Write the objects cut out of the references into `OUT/cutouts` as transparent PNGs (`data_gen photos` can pack
+    them)."""
     save_loops: bool = False
-    """Of a method that draws in loops: write each loop's picture into `OUT/loops`."""
+    """For methods that draw in loops (EZIGen): write the picture of each loop into `OUT/loops`."""
 
     def check(self) -> None:
         for name in ("images_per_prompt", "batch_size", "workers", "threads"):

@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.live import Live
 
-from pig.commands.fit import CLI, hush
+from pig.commands.fit import CLI, OVERRIDES, hush
 from pig.commands.generate import parse_shard
 from pig.data.shards import digest_of
 from pig.data.subject_training import SubjectDataModule
@@ -47,6 +47,8 @@ class TuneCLI(CLI):
     """The experiment of a config and its overrides, without a run of its own. built: whether model, data and trainer
     are made, or only the arguments read."""
 
+    description = "Tune one model for each subject of a folder. " + OVERRIDES
+
     def __init__(self, args: Sequence[str], *, built: bool) -> None:
         self.built = built
         super().__init__(args, run=False)
@@ -54,13 +56,21 @@ class TuneCLI(CLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--subjects", required=True, help="a folder of subjects in DreamBooth's layout")
-        parser.add_argument("--out", required=True, help="receives SUBJECT/step-000250/; finished subjects are kept")
-        parser.add_argument("--shard", default="0/1", help="I/N: tune the I-th of N equal parts (I from 0)")
-        parser.add_argument(
-            "--executor", type=ExecutorName, default="local", help="processes here, or Ray at RAY_ADDRESS"
-        )
-        parser.add_argument("--workers", type=int, default=1, help="subjects at a time; with GPUs, one GPU each")
-        parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker")
+        executors = "`local`: processes of this machine; `ray`: the cluster at RAY_ADDRESS"
+        for name, kind, default, told in (
+            ("--shard", str, "0/1", "I/N: tune only part I of N equal parts (I counts from 0)"),
+            (
+                "--executor",
+                ExecutorName,
+                "local",
+                "`local`: processes of this machine; `ray`: the cluster at RAY_ADDRESS",
+            ),
+            ("--workers", int, 1, "subjects tuned at the same time; with GPUs, one GPU each"),
+            ("--threads", int, 1, "CPU threads of each worker"),
+        ):
+            parser.add_argument(name, type=kind, default=default, help=told)
+        out = "folder for the results, SUBJECT/step-000250/; finished subjects are skipped"
+        parser.add_argument("--out", required=True, help=out)
 
     def instantiate_classes(self) -> None:
         if self.built:

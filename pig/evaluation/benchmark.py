@@ -75,7 +75,7 @@ class Scorer:
         """
         Args:
             images: `SUBJECT/PROMPT_INDEX/SEED.png`.
-            images_per_prompt: how many there must be; by default as many as any prompt has.
+            images_per_prompt: expected number of images per prompt; default: the largest number that any prompt has.
             text_only: the base model's images, in the same layout.
 
         Raises:
@@ -188,25 +188,25 @@ def evaluate(
     """Score a folder of generated images: results.json, tables (CSV, Markdown, LaTeX) and report.html.
 
     Args:
-        images: `SUBJECT/PROMPT_INDEX/SEED.png`, made by anything.
-        out: where the results go. What the networks saw is kept in it: a second run takes seconds, a stopped one
-            goes on.
+        images: folder of generated images, `SUBJECT/PROMPT_INDEX/SEED.png`, from any program.
+        out: where the results go. Embeddings are cached there: a second run takes seconds, and a stopped run continues.
         subjects: a folder of subjects in DreamBooth's layout.
-        references: in place of --subjects: the pictures from which `generate --references` has drawn.
-        class_noun: for --references and grounded-sam: what they show.
+        references: in place of --subjects: the pictures that you gave to `generate --references`.
+        class_noun: for --references and grounded-sam: the class of the object, such as mug.
         prompts: the prompts file, by default the subjects folder's own `prompts_and_classes.txt`.
-        only: some of the subjects, by their folders' names.
-        protocol: the rules of scoring; the others are known deviations, to compare with who deviates.
+        only: score only these subjects, by their folders' names.
+        protocol: the scoring rules. `dreambooth` is the standard; the others reproduce deviations that others'
+            results have.
         clip: `toyworld`; a folder in transformers' or open_clip's format; a hub id; `open_clip:MODEL/WEIGHTS`.
         dino: `toyworld`; a folder in transformers' or timm's format; a hub id; `timm:MODEL`.
         text_only: images of the base model without references, for comparison (`generate --model base:NAME`).
         segmenter: also score the objects alone, on white: sam, grounded-sam, rembg; or none.
-        sam: of the segmenter: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth.
-        rembg_model: of rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`.
+        sam: for --segmenter sam and grounded-sam: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth.
+        rembg_model: for --segmenter rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`.
         images_per_prompt: how many there must be; by default as many as any prompt has.
-        allow_missing: score what is there where images are missing or unreadable, and say so in the result.
-        name: of the method, in the tables; by default the images folder's.
-        batch_size: pictures looked at at a time.
+        allow_missing: if images are missing or unreadable, score the others and say so in the result.
+        name: the method's name in the tables; default: the name of the images folder.
+        batch_size: images per forward pass.
     """
     check_ranges(
         batch_size=(batch_size, 1, 4096),

@@ -20,18 +20,19 @@ class CuttingOut:
     """How the object of a picture is found."""
 
     segmenter: SegmenterName = "none"
-    """none (the picture is taken as it is), sam, grounded-sam (needs a class noun) or rembg."""
+    """For pictures without alpha channel and mask: none (use the whole picture), sam, grounded-sam (needs a class
+    noun) or rembg."""
     sam: str = TOYWORLD
     """`toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
     detector: str = DETECTOR
-    """Of grounded-sam: a Grounding DINO in transformers' format."""
+    """For grounded-sam: a Grounding DINO model in transformers' format."""
     box: list[float] | None = None
-    """For sam: where the object is, x0 y0 x1 y1 in pixels (all pictures alike)."""
+    """For sam: the box around the object, x0 y0 x1 y1 in pixels; the same box is used for all pictures."""
     point: list[float] | None = None
-    """For sam: x y of a pixel of the object."""
+    """For sam: x y of one pixel on the object, the same for all pictures."""
     rembg_model: RembgModel = "isnet-general-use"
-    """Of rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
-    rembg fetches it at the first use."""
+    """For rembg: u2netp (4 MB, Apache-2.0), isnet-general-use (180 MB, Apache-2.0) or birefnet-general (970 MB, MIT);
+    rembg downloads the model when it is first used."""
 
     def make(self) -> Segment | None:
         import torch  # not for a command's --help

@@ -50,12 +50,12 @@ class SamplingSettings:
     text_guidance: float = control(7.5, 0, 1000, slider=(0, 15), alias="guidance_scale")
     """How closely to follow the prompt (classifier-free guidance)."""
     negative_prompt: str = control("")
-    """What to keep away from: it stands in place of the empty prompt."""
+    """What the image should not show; it replaces the empty prompt in the guidance."""
     guidance_rescale: float = control(0.0, 0, 1)
     """Brings the contrast of strongly guided images back (arXiv 2305.08891, 3.4)."""
     guidance_interval: tuple[float, float] = control((0.0, 1.0), 0, 1)
-    """Faster, with a loss: start and end of the guidance as shares of the steps; outside of them only the branch with
-    prompt and references runs (arXiv 2404.07724)."""
+    """Faster, but changes the image: the part of the steps that has guidance, as start and end from 0 to 1. At all
+    other steps the network is evaluated only once, with prompt and references (arXiv 2404.07724)."""
     scheduler: SchedulerName | None = control(None)
     """The sampler; by default the model's own."""
 

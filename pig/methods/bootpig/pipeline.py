@@ -37,22 +37,24 @@ class BootPIGSettings(SamplingSettings):
     """BootPIG's controls (section 4.1)."""
 
     image_guidance: float = control(5.0, 0, 1000, slider=(0, 15))
-    """How closely to follow the references: eta_im of Eq. 4, whose eta_text+im is `text_guidance`. Where both are
-    equal, one of the three branches is not needed, and a third of the work."""
+    """How closely to follow the references: eta_im of Eq. 4 (eta_text+im is `text_guidance`). If both are equal, one
+    of the three network evaluations per step is skipped, which saves a third of the work."""
     strength: float = control(1.0, 0, 1)
-    """Of the references, in every RSA layer: from 0, the base model alone, to 1."""
+    """Strength of the references in every layer of Reference Self-Attention: 0 is the base model alone, 1 the full
+    effect."""
     pooling: Pooling = control("softmax")
     """How several references are merged (section 3.6)."""
     reference_caption: ReferenceCaption = control("caption")
-    """What the Reference UNet is told: the whole caption, or the object alone (up to the first comma), for which all
-    prompts of a subject share its passes."""
+    """The text that the Reference UNet reads: the whole caption, or the object alone (up to the first comma). With
+    `object`, all prompts of a subject share its passes."""
     reference_noise: ReferenceNoise = control("fresh")
     """The noise on the references: fresh at every step, or fixed. It does not depend on the generator, so that one
     Reference-UNet pass serves all images of a prompt."""
     reference_every: int = control(1, 1, slider=(1, 10))
-    """Faster, with a loss: read the references only at every so many steps."""
+    """Faster, but changes the image: read the references only at every N-th step."""
     deep_every: int = control(1, 1, slider=(1, 10))
-    """Faster, with a loss: compute the Base UNet's deep features only at every so many steps (arXiv 2312.00858)."""
+    """Faster, but changes the image: compute the Base UNet's deep features only at every N-th step (arXiv
+    2312.00858)."""
 
 
 @dataclass(eq=False)
