@@ -59,12 +59,7 @@ class TuneCLI(CLI):
         executors = "`local`: processes of this machine; `ray`: the cluster at RAY_ADDRESS"
         for name, kind, default, told in (
             ("--shard", str, "0/1", "I/N: tune only part I of N equal parts (I counts from 0)"),
-            (
-                "--executor",
-                ExecutorName,
-                "local",
-                "`local`: processes of this machine; `ray`: the cluster at RAY_ADDRESS",
-            ),
+            ("--executor", ExecutorName, "local", executors),
             ("--workers", int, 1, "subjects tuned at the same time; with GPUs, one GPU each"),
             ("--threads", int, 1, "CPU threads of each worker"),
         ):
