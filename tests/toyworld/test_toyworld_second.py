@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTokenizer
 
 from pig.errors import InputError
@@ -17,6 +17,7 @@ from pig.toyworld.second.details import EMBLEMS
 from pig.toyworld.second.stages.clip import CLIPStage, VisionStage
 from pig.toyworld.second.stages.dino import DINOStage
 from pig.toyworld.second.stages.sam import SAMStage
+from pig.toyworld.second.stages.unet import grow
 from pig.toyworld.second.stages.vae import VAEStage
 
 
@@ -149,3 +150,25 @@ def test_stages_begin_from_an_earlier_edition() -> None:
     assert all(torch.equal(one, kept[name]) for name, one in vae.vae.state_dict().items())
     with pytest.raises(InputError, match="begins from the stages before it"):
         VisionStage(WEIGHTS / "clip").begin_from(WEIGHTS)
+
+
+def test_a_unet_grows_without_a_change_at_first() -> None:
+    shape = {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 96),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    }
+    torch.manual_seed(0)
+    small, large = (UNet2DConditionModel(**shape, layers_per_block=layers).eval() for layers in (1, 2))
+    given = (torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 5, 16))
+    with torch.no_grad():
+        expected = small(*given).sample
+        assert (large(*given).sample - expected).abs().max() > 0.01
+        grow(small, large)
+        torch.testing.assert_close(large(*given).sample, expected, atol=1e-5, rtol=1e-4)
+    large.train()(*given).sample.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in large.parameters())
+    assert large.down_blocks[0].resnets[1].conv2.weight.grad.abs().max() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class UNetStage(Stage):
         min_snr: gamma of min-SNR weighting (arXiv 2303.09556); None: every timestep counts the same.
     """
 
-    steps, batch_size, lr = 40_000, 32, 6e-4
+    steps, batch_size, lr = 16_000, 32, 6e-4
     decay_share = 0.2
     ema = 0.9995
     caption_dropout = 0.1  # trains the empty prompt, for classifier-free guidance
@@ -57,10 +58,10 @@ class UNetStage(Stage):
         self.min_snr, self.cache = min_snr, work / "unet_latents.safetensors"
         self.unet = UNet2DConditionModel(
             sample_size=16,
-            block_out_channels=(64, 160, 192),
+            block_out_channels=(64, 128, 160),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
+            layers_per_block=2,
             cross_attention_dim=128,
             attention_head_dim=4,  # diffusers' name for the number of heads
         )
@@ -74,6 +75,10 @@ class UNetStage(Stage):
         text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32)
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32)
         self.frozen = {"text_encoder": text_encoder, "vae": vae}  # a dict: not part of the module
+
+    def begin_from(self, weights: Path) -> None:
+        """From a UNet with one layer a block, which the grown one equals at first."""
+        grow(UNet2DConditionModel.from_pretrained(weights / "base/unet", dtype=torch.float32), self.unet)
 
     def rate(self, step: int) -> float:
         left = (self.steps - step) / (self.decay_share * self.steps)
@@ -165,6 +170,30 @@ class UNetStage(Stage):
         report_base(base, CLIPModel.from_pretrained(out / "clip", dtype=torch.float32))
         base.vae.register_to_config(_name_or_path="")  # else the path of this machine
         base.to(dtype=torch.float16).save_pretrained(out / "base")
+
+
+@torch.no_grad()
+def grow(small: UNet2DConditionModel, large: UNet2DConditionModel) -> None:
+    """Copy a UNet with one layer a block into one with two, whose new layers do nothing at first.
+
+    The new layer is the second of each block. In an up block the first one keeps its place: the skip that it reads is a
+    new layer's output, which equals the one that it read before.
+    """
+    grown = large.state_dict()
+    for name, weight in small.state_dict().items():
+        grown[re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions))\.1\.", r"\1.2.", name)] = weight
+    large.load_state_dict(grown)
+    for block in (*large.down_blocks, *large.up_blocks):
+        resnet = block.resnets[1]
+        layers = [resnet.conv2, *([block.attentions[1].proj_out] if hasattr(block, "attentions") else [])]
+        if resnet.conv_shortcut is not None:  # of the input and the skip: the input alone
+            layers.append(resnet.conv_shortcut)
+        for layer in layers:
+            layer.weight.zero_()
+            layer.bias.zero_()
+        if resnet.conv_shortcut is not None:
+            width = len(resnet.conv_shortcut.weight)
+            resnet.conv_shortcut.weight[:, :width, 0, 0] = torch.eye(width)
 
 
 def report_base(base: StableDiffusionPipeline, clip: CLIPModel, count: int = 500) -> Tensor:
