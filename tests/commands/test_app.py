@@ -174,10 +174,15 @@ def test_models_bring_their_own_controls(page) -> None:
     assert "--references" not in code(page)
 
 
-def test_a_phone(browser, address, photo) -> None:
+def test_a_phone(browser, address) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(TIMEOUT)
     page.goto(address)
-    page.get_by_role("button", name="Draw", exact=True).wait_for()
+    page.locator("#examples button img").first.click()
+    page.locator("#cutouts img").nth(2).wait_for()
+    set_number(page, "number input for Images", 1)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    images(page).first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.screenshot(path=SHOTS / "phone.png", full_page=True)
     page.close()
@@ -274,6 +279,8 @@ def test_ezigen_shows_its_loops(browser, photo) -> None:
         page.locator("#loops img").nth(2).wait_for()
         said(page, "seed 0, before the loops")
         said(page, "seed 0, after loop 2")
+        assert "--loops 2" in code(page)
+        assert "renoise" not in code(page)  # an empty field is the method's own choice, not 0
         page.screenshot(path=SHOTS / "loops.png")
         page.close()
 

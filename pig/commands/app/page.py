@@ -37,8 +37,8 @@ def widget(one: Control, value: Any) -> Any:
         return gr.Dropdown(choices, value=value, **common)
     if one.kind is bool:
         return gr.Checkbox(value, **common)
-    if one.optional:
-        return gr.Number(value, **common, precision=0 if one.kind is int else None)
+    if one.optional:  # in a line of text, as an empty number would be 0
+        return gr.Textbox("" if value is None else str(value), placeholder="the method's own", **common)
     if one.kind is tuple:
         return gr.Textbox(", ".join(map(str, value)), **common)
     if one.kind is str:
@@ -49,14 +49,13 @@ def widget(one: Control, value: Any) -> Any:
 
 def value_of(one: Control, given: Any) -> Any:
     """A control's value from what its input holds."""
-    if given is None:
+    if given is None or (one.optional and given == ""):
         return None
-    if one.kind is not tuple:
-        return one.kind(given)
     try:
-        return tuple(float(part) for part in given.split(","))
+        return tuple(float(part) for part in given.split(",")) if one.kind is tuple else one.kind(given)
     except ValueError as error:
-        raise InputError(f"{one.name}: two numbers with a comma between them, got {given!r}") from error
+        wanted = "two numbers with a comma between them" if one.kind is tuple else "a number"
+        raise InputError(f"{one.name}: {wanted}, got {given!r}") from error
 
 
 def build_page(studio: Studio) -> Any:
@@ -196,6 +195,7 @@ def _inputs(studio: Studio) -> dict[str, Any]:
         label="Cut out",
         columns=4,
         height=190,
+        fit_columns=False,
         object_fit="contain",
         interactive=False,
         visible=kind.reads_references,
