@@ -101,7 +101,13 @@ COMMANDS: dict[str, tuple[Callable[[], None], Callable[[Path, Path], list[str]],
     "evaluate": (cli.main, lambda own, _: scored(own), 24),
     "compare": (cli.main, lambda own, _: ["compare", str(own / "first"), str(own / "second")], 24),
 }
-RERUN = [name for name in COMMANDS if name not in ("inspect", "compare")]  # these go on in a folder, or make it anew
+SLOW = ("encode", "export", "generate")
+# What goes on in a folder, or makes it anew.
+RERUN = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in COMMANDS
+    if name not in ("inspect", "compare")
+]
 
 
 def run(command: str, pictures: Path, toy_data: Path, out: Path) -> int:
