@@ -150,6 +150,7 @@ def test_missing_checkpoint(monkeypatch, capsys, tmp_path) -> None:
     assert "no checkpoint file" in error
 
 
+@pytest.mark.slow
 def test_missing_base_model_offline(toy_data) -> None:
     given = ["--data.shards", str(toy_data / "triplets"), "--data.val_shards", "null", "--trainer.callbacks", "[]"]
     message = refused("fit", "--config", TOY, "--model.base", "nobody/nothing", *given, HF_HUB_OFFLINE="1")

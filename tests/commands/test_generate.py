@@ -77,6 +77,7 @@ def test_a_whole_benchmark(few, whole) -> None:
     assert [len(lines[f"{name}/0/0.png"]["settings"]["references"]) for name in ("mug_006", "boat_000")] == [4, 2]
 
 
+@pytest.mark.slow
 def test_split_over_machines_batches_and_calls_the_same_images(few, whole, tmp_path) -> None:
     for part in range(3):
         generate(tmp_path, subjects=few, shard=f"{part}/3", **{**QUICK, "batch_size": 3})
@@ -157,6 +158,7 @@ def test_switches_and_dashes(few, tmp_path, monkeypatch) -> None:
     assert len(list((tmp_path / "out/cutouts/references").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_another_prompts_file(few, tmp_path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text((few / "prompts_and_classes.txt").read_text().replace("in space", "at sunset"))

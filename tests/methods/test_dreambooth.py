@@ -158,6 +158,7 @@ def base_pictures() -> Tensor:
     return draw(plain_diffusers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [4, 8])
 def test_the_lora_in_plain_diffusers_gives_the_same_pixels(base_pictures, tmp_path, alpha) -> None:
     pipeline = moved(tuned(lora=Lora(rank=4, alpha=alpha))).pipeline()

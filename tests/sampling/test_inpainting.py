@@ -58,6 +58,7 @@ def test_soft_masks_mix_and_every_scheduler_keeps_the_rest(pipe, scheduler) -> N
     assert difference[soft > 200].mean() > difference[faint].mean()
 
 
+@pytest.mark.slow
 def test_photographs_of_any_size_run_several_prompts_and_images(pipe) -> None:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (120, 200, 3), dtype=np.uint8))

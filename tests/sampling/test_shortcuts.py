@@ -25,6 +25,7 @@ def test_prompts_too_long_are_warned_of_with_what_was_cut(pipe, cutouts, caplog)
     assert "space'" in caplog.text
 
 
+@pytest.mark.slow
 def test_reference_cache_changes_no_pixel_and_is_never_stale(pipe, cutouts, monkeypatch) -> None:
     def draws(refs=cutouts[:2], prompt=PROMPTS[0], **options):
         return draw(pipe, prompt, refs, generator=seeds(1), **options)
