@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ from pig.errors import InputError
 from pig.evaluation.report import Section, write_report
 from pig.evaluation.report import Table as PageTable
 from pig.evaluation.results import Result, notes_of
-from pig.evaluation.statistics import interval, sign_flip_p
+from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.evaluation.tables import MAIN, TITLES, score_table, short, write_tables
 from pig.files import make_folder
 
@@ -25,7 +26,8 @@ console = Console(soft_wrap=True)
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the first result to another, in one score: mean over subjects, 95 % interval, two-sided p-value."""
+    """Of the first result to another, in one score: mean over subjects, 95 % interval, two-sided p-value, and the same
+    corrected by Holm for the number of results that the first is compared with."""
 
     other: str
     score: str
@@ -34,6 +36,7 @@ class Difference:
     high: float
     p: float
     subjects: int
+    p_holm: float = math.nan
 
 
 def compare(results: list[Path], /, out: Path) -> None:
@@ -47,20 +50,21 @@ def compare(results: list[Path], /, out: Path) -> None:
         raise InputError("compare needs at least two folders of results")
     read = named_apart([Result.read(folder) for folder in results])
     check_alike(read)
-    found = [one for other in read[1:] for one in differences(read[0], other)]
+    found = corrected([one for other in read[1:] for one in differences(read[0], other)])
     if out.resolve() in [folder.resolve() for folder in results]:
         raise InputError(f"--out: {out} holds one of these results, whose report it would replace: give another")
     make_folder(out)
     for other in read[1:]:
         other.notes += unpaired(read[0], other)
     several = len(read) > 2
-    head = ["", "difference", "95 % interval", "p", "subjects"]
+    head = ["", "difference", "95 % interval", "p", *(["p, Holm"] if several else []), "subjects"]
     rows = [
         (
             f"{TITLES[one.score]}, {one.other}" if several else TITLES[one.score],
             signed(one.mean),
             f"{signed(one.low)} to {signed(one.high)}",
             f"{one.p:.4f}",
+            *([f"{one.p_holm:.4f}"] if several else []),
             str(one.subjects),
         )
         for one in found
@@ -73,8 +77,10 @@ def compare(results: list[Path], /, out: Path) -> None:
     console.print(table)
     told = (
         "Means over subjects of what each image of the first has more than the other's of the "
-        "same prompt and seed; interval: subjects drawn again; p: signs of the subjects' differences flipped at random."
+        "same prompt and seed; interval: subjects resampled; p: signs of the subjects' differences flipped at random."
     )
+    if several:
+        told += f" p, Holm: corrected for {len(read) - 1} comparisons in each score."
     section = Section("Differences", tables=[PageTable(head, [("all", row) for row in rows])], note=told)
     write_tables(read, out)
     write_report(read, out, sections=[section])
@@ -131,6 +137,15 @@ def differences(first: Result, other: Result) -> list[Difference]:
         low, high = interval(means)
         found.append(Difference(other.name, score, fmean(means), low, high, sign_flip_p(means), len(means)))
     return found
+
+
+def corrected(found: Sequence[Difference]) -> list[Difference]:
+    """Holm's correction within each score."""
+    p_holm: dict[int, float] = {}
+    for score in dict.fromkeys(one.score for one in found):
+        family = [number for number, one in enumerate(found) if one.score == score]
+        p_holm |= dict(zip(family, holm([found[number].p for number in family]), strict=True))
+    return [replace(one, p_holm=p_holm[number]) for number, one in enumerate(found)]
 
 
 def unpaired(first: Result, other: Result) -> list[str]:

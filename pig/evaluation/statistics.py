@@ -93,3 +93,13 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         (of,), mean_of, permutation_type="samples", n_resamples=9_999, vectorized=True, rng=0
     )
     return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for being several: the chance that any true null hypothesis is rejected stays below the level
+    (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979)."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda one: p_values[one])):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        corrected[index] = min(1.0, largest)
+    return corrected

@@ -20,11 +20,11 @@ from benchmarks import sweep
 from pig import cli
 from pig.errors import InputError
 from pig.evaluation import benchmark
-from pig.evaluation.compare import differences
+from pig.evaluation.compare import Difference, corrected, differences
 from pig.evaluation.figures import Point, plane_svg, read_curve
 from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
-from pig.evaluation.statistics import interval, sign_flip_p
+from pig.evaluation.statistics import holm, interval, sign_flip_p
 
 
 def test_odd_names(bench, capsys) -> None:
@@ -117,6 +117,15 @@ def test_compare_pairs_images(bench, capsys) -> None:
         cli.run(["compare", str(bench / "a"), str(bench / "images"), f"--out={bench / 'both'}"])
     with pytest.raises(InputError, match="at least two"):
         cli.run(["compare", str(bench / "a"), f"--out={bench / 'both'}"])
+
+
+def test_several_comparisons_are_corrected() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x .01, then 2 x .03, then no less
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+    found = [Difference(other, score, 0, 0, 0, p, 9) for other, score, p in (("b", "dino", 0.01), ("c", "dino", 0.5))]
+    found.append(Difference("b", "clip_t", 0, 0, 0, 0.02, 9))
+    assert [one.p_holm for one in corrected(found)] == pytest.approx([0.02, 0.5, 0.02])
 
 
 def test_evaluation_configs(bench, capsys) -> None:
