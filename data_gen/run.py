@@ -34,10 +34,10 @@ from data_gen.shards import (
     tar_of,
     verdicts,
 )
-from pig.data.shards import ShardStats, rejections, sha256_of, stats_path
+from pig.data.shards import ShardStats, rejections, stats_path
 from pig.errors import InputError
 from pig.executors import device_of, execute
-from pig.files import locked, make_folder
+from pig.files import locked, make_folder, sha256_of
 
 console = Console()
 CARD = "README.md"

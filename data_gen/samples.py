@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 
 from pig.data.images import SEEDS
 from pig.errors import InputError
-from pig.files import write_text
+from pig.files import replacing, write_text
 
 T = TypeVar("T")
 KEY = re.compile(r"[\w-]+")
@@ -79,6 +78,5 @@ def read_samples(folder: Path) -> list[Sample]:
 def save_png(image: Image.Image, path: Path) -> None:
     """In place at once or not at all, so that a file that exists is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    image.save(part, "PNG", compress_level=1)
-    part.rename(path)
+    with replacing(path) as aside:
+        image.save(aside, "PNG", compress_level=1)

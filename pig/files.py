@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -72,6 +74,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Beside it, so that the move stays within one file system: across two, moving means copying over what was there. If
     the block raises, or the machine goes down, `path` is what it was.
     """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not _runs(left.name.split(".")[-2]):  # of a process that was killed
+            left.unlink(missing_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
@@ -80,6 +85,16 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 @contextmanager
@@ -121,3 +136,18 @@ def read_json(file: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise InputError(f"{file} is damaged: it holds no names and values")
     return told
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(told: Any, *, sort_keys: bool = False) -> str:
+    """16 hex digits that change with anything in `told`, which JSON can hold."""
+    return hashlib.sha256(json.dumps(told, sort_keys=sort_keys).encode()).hexdigest()[:16]
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """Changes with any of the files' contents, and with their names."""
+    return digest([[path.name, sha256_of(path)] for path in files])

@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.progress import track
 
 from pig.data.images import MANIFEST, Job, forget, note, read_manifest, save_picture
-from pig.data.shards import digest_of
 from pig.data.transforms import is_whole
 from pig.errors import InputError
 from pig.executors import ExecutorName, execute
-from pig.files import make_folder
+from pig.files import digest_of, make_folder
 from pig.methods import load_blend, load_pipeline
 from pig.sampling.delta import load_weights
 from pig.sampling.pipeline import SubjectPipeline

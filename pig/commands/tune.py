@@ -25,12 +25,11 @@ from rich.live import Live
 
 from pig.commands.fit import CLI, OVERRIDES, hush
 from pig.commands.generate import parse_shard
-from pig.data.shards import digest_of
 from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.errors import InputError, WorkerDiedError, find_input_error
 from pig.executors import ExecutorName, execute
-from pig.files import make_folder, read_json, write_text
+from pig.files import digest_of, make_folder, read_json, write_text
 from pig.sampling.delta import kept_steps
 from pig.training.checkpoints import load_checkpoint
 from pig.training.memory import print_memory

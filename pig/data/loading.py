@@ -9,9 +9,7 @@ which samples were seen: a resumed run passes over finished blocks without readi
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -26,6 +24,7 @@ from pig.data.schema import Batch, Triplet
 from pig.data.shards import BadSampleError, Raw, Shard, decode_triplet, read_shard
 from pig.data.transforms import ReferenceAugmentation, target_picture, to_tensor
 from pig.errors import InputError
+from pig.files import digest
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class TripletDataset(IterableDataset[Batch]):
             self.shuffle_block,
             self.layout,
         ]
-        return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+        return digest(plan)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()

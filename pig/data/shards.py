@@ -20,7 +20,7 @@ from PIL import Image
 from pig.data.schema import METADATA, REFERENCE, TARGETS, Triplet
 from pig.data.transforms import UNDECODABLE
 from pig.errors import InputError
-from pig.files import write_text
+from pig.files import replacing, sha256_of, write_text
 
 Raw = Mapping[str, Any]  # a sample as bytes: extension -> content, and "__key__"
 
@@ -113,17 +113,6 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest_of(files: Sequence[Path]) -> str:
-    """Changes with any of the files' contents, and with their names."""
-    told = [[path.name, sha256_of(path)] for path in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
 def write_shard(tar: Path, triplets: Iterable[Triplet], rejected: Counter[str] | None = None) -> ShardStats:
     """Write triplets as a shard. The same triplets give the same bytes."""
     return write_samples(tar, (triplet_members(triplet) for triplet in triplets), rejected)
@@ -141,15 +130,14 @@ def write_samples(
     """
     tar.parent.mkdir(parents=True, exist_ok=True)
     Path(stats_path(str(tar))).unlink(missing_ok=True)
-    aside = tar.with_suffix(".tar.part")
     count = 0
-    with wds.TarWriter(str(aside), mtime=0, user="pig", group="pig") as writer:
-        for sample in samples:
-            writer.write(sample)
-            count += 1
-    reasons = dict(sorted((rejected or {}).items()))
-    stats = ShardStats(count, aside.stat().st_size, sha256_of(aside), reasons, encoded)
-    aside.rename(tar)
+    with replacing(tar) as aside:
+        with wds.TarWriter(str(aside), mtime=0, user="pig", group="pig") as writer:
+            for sample in samples:
+                writer.write(sample)
+                count += 1
+        reasons = dict(sorted((rejected or {}).items()))
+        stats = ShardStats(count, aside.stat().st_size, sha256_of(aside), reasons, encoded)
     written = {name: value for name, value in asdict(stats).items() if value is not None}
     write_text(Path(stats_path(str(tar))), json.dumps(written, indent=1))
     return stats

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +15,10 @@ from torch.utils.data import IterableDataset
 from pig.data.loading import ResumableLoader
 from pig.data.modules import PersonalisationData, seed_of_run
 from pig.data.schema import Batch
-from pig.data.shards import digest_of
 from pig.data.subjects import SubjectFolder, read_subject
 from pig.data.transforms import load_image, target_picture, to_bytes
 from pig.errors import InputError, check_ranges
+from pig.files import digest, digest_of
 
 EPOCH = 1000  # steps of what Lightning calls an epoch: a pass over four pictures would end all the time
 
@@ -97,7 +95,7 @@ class SubjectDataset(IterableDataset[Batch]):
     def fingerprint(self) -> str:
         names = [path.name for path in self.files["class"]]
         told = [digest_of(self.files["subject"]), names, self.batch_size, self.resolution, self.seed]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        return digest(told)
 
     @cached_property
     def pictures(self) -> dict[str, Tensor]:

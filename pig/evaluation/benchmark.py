@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 from collections.abc import Collection, Sequence
@@ -25,7 +23,7 @@ from pig.evaluation.protocols import DREAMBOOTH, Protocol, ProtocolName, protoco
 from pig.evaluation.report import write_report
 from pig.evaluation.results import Result, summarise
 from pig.evaluation.tables import score_table, write_tables
-from pig.files import make_folder
+from pig.files import digest, make_folder
 from pig.models.cutting_out import RembgModel, SegmenterName
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import make_segmenter
@@ -128,7 +126,7 @@ class Scorer:
         }
         return Result(
             protocol=self.protocol.name,
-            hash=hashlib.sha256(json.dumps(moves, sort_keys=True).encode()).hexdigest()[:16],
+            hash=digest(moves, sort_keys=True),
             name=name or images.resolve().name,
             scores=scores,
             subjects=by_subject,

@@ -25,6 +25,7 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 from transformers.utils import logging as transformers_logging
 
 from pig.errors import InputError
+from pig.files import sha256_of
 from pig.models.names import resolve
 from pig.models.weights import weights_digest
 
@@ -296,8 +297,7 @@ def is_openai_file(path: str) -> bool:
         return False
     import open_clip
 
-    with Path(path).open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(Path(path))
     urls = (open_clip.get_pretrained_url(model, "openai") or "" for model in open_clip.list_models())
     return any(found in url for url in urls)
 

@@ -272,7 +272,7 @@ def test_ezigen_shows_its_loops(browser, photo) -> None:
         set_number(page, "number input for Images", 1)
         page.get_by_role("button", name="Controls").click()
         set_number(page, "number input for Num inference steps", 5)
-        page.get_by_label(re.compile("^Loops")).first.fill("2")
+        page.locator("label", has_text="How often the picture is noised again").locator("textarea").fill("2")
         page.get_by_role("button", name="Loop by loop").click()
         draw(page, "a photo of a mug, in space")
         images(page).first.wait_for()

@@ -23,6 +23,7 @@ from PIL import Image
 
 import data_gen.__main__ as data_gen
 from pig import cli
+from pig.files import replacing, write_text
 from pig.toyworld import scene
 from pig.training.checkpoints import load_checkpoint
 
@@ -199,6 +200,20 @@ def test_killed_at_any_moment(pictures, toy_data, tmp_path, command) -> None:
         os.waitpid(child, 0)
     assert os.waitpid(started(*given, tmp_path / "out"), 0)[1] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_what_a_killed_process_leaves_is_removed(tmp_path) -> None:
+    child = os.fork()
+    if not child:
+        with replacing(tmp_path / "a[1].json") as aside:
+            aside.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    mine = tmp_path / f".a[1].json.{os.getppid()}.part"  # of a process that runs
+    mine.touch()
+    assert len(list(tmp_path.iterdir())) == 2
+    write_text(tmp_path / "a[1].json", "{}")
+    assert sorted(tmp_path.iterdir()) == [mine, tmp_path / "a[1].json"]
 
 
 @pytest.mark.parametrize("command", RERUN)
