@@ -77,95 +77,75 @@ def build_page(studio: Studio) -> Any:
             )
         with gr.Row():
             with gr.Column():
-                given = {"model": model, **_inputs(studio)}
-
-                @gr.render(inputs=model)
-                def controls_of(name: str) -> None:
-                    known = studio.controls(name)
-                    with gr.Accordion("Controls", open=False):
-                        widgets = {one: widget(one, value) for one, value in known}
-
-                    def draw(
-                        values: dict[Any, Any],
-                        request: gr.Request,
-                        progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
-                    ) -> tuple[Pictures, Pictures, str, list[Image.Image]]:
-                        order = shown_errors(_order_of, values, given, widgets)
-                        pipeline = studio.pipeline(order.model)
-                        if cut := pipeline.cut_off(order.prompt):
-                            gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
-                        for doubt in pipeline.doubts([order.prompt], None, None):
-                            gr.Warning(doubt)
-                        images, versions = shown_errors(studio.draw, str(request.session_hash), progress, order)
-                        used = studio.hole(order.model, order.picture, order.painting)
-                        return images, versions, studio.command(order), list(used.values())
-
-                    inputs = {given[name] for name in NAMES} | set(widgets.values())
-                    drawing = [
-                        event(draw, inputs, [drawn, loops, command, given["used"]], **MODEL)
-                        for event in (given["start"].click, given["prompt"].submit)
-                    ]
-
-                    def cancel(request: gr.Request) -> None:
-                        studio.cancel(str(request.session_hash))
-                        gr.Info("cancelled")
-
-                    # Gradio takes what still waits from the queue; what runs is told to stop.
-                    given["stop"].click(cancel, cancels=drawing)
-
+                parts = {"model": model, "examples": examples, **_inputs(studio)}
+                _controls(studio, parts)
             with gr.Column():
-                drawn = gr.Gallery(
-                    label="Images",
-                    columns=2,
-                    height="auto",
-                    object_fit="contain",
-                    format="png",
-                    interactive=False,
-                    elem_id="images",
-                )
-                command = gr.Code(
-                    NO_COMMAND,
-                    language="shell",
-                    label="The same by command line",
-                    lines=2,
-                    wrap_lines=True,
-                    show_line_numbers=False,
-                    interactive=False,
-                    elem_id="command",
-                )
-                has_loops = studio.kind(studio.models[0]).has_loops
-                with gr.Accordion("Loop by loop", open=False, visible=has_loops) as loop_by_loop:
-                    loops = gr.Gallery(
-                        show_label=False, columns=4, height="auto", object_fit="contain", elem_id="loops"
-                    )
-                given |= _inpainting(studio, model)
-
-        def choose(name: str) -> list[Any]:
-            kind = studio.kind(name)
-            reads = gr.update(visible=kind.reads_references)
-            return [reads, reads, reads, gr.update(visible=kind.has_loops)]
-
-        parts = [given["files"], given["cutting"], given["shown"], loop_by_loop]
-        model.change(choose, model, parts, show_progress="hidden")
-        fields = [given["files"], given["noun"], given["prompt"]]
-
-        def take(chosen: gr.SelectData) -> tuple[list[str], str, str]:
-            example = studio.examples[chosen.index]
-            return [str(path) for path in example.pictures], example.noun, example.prompt
-
-        examples.select(take, None, fields, show_progress="hidden")
-        looks = [given["files"], given["segmenter"], given["noun"]]
-        for change in (given["files"].change, given["segmenter"].change, given["noun"].submit):
-            change(partial(_cut_out, studio), looks, given["shown"], **MODEL)
-
+                parts |= {**_outputs(studio), **_inpainting(studio, model)}
+        _connect(studio, parts)
     return page
+
+
+def _controls(studio: Studio, parts: dict[str, Any]) -> None:
+    """The model's own controls, made anew for each model, and what the buttons do with them. parts: of the whole page,
+    by name; filled when a model is shown."""
+
+    @gr.render(inputs=parts["model"])
+    def controls_of(name: str) -> None:
+        with gr.Accordion("Controls", open=False):
+            widgets = {one: widget(one, value) for one, value in studio.controls(name)}
+
+        def draw(
+            values: dict[Any, Any],
+            request: gr.Request,
+            progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by its default
+        ) -> tuple[Pictures, Pictures, str, list[Image.Image]]:
+            order = shown_errors(_order_of, values, parts, widgets)
+            pipeline = studio.pipeline(order.model)
+            if cut := pipeline.cut_off(order.prompt):
+                gr.Warning(f"the prompt is too long, its end is not read: {cut!r}")
+            for doubt in pipeline.doubts([order.prompt], None, None):
+                gr.Warning(doubt)
+            images, loops = shown_errors(studio.draw, str(request.session_hash), progress, order)
+            used = studio.hole(order.model, order.picture, order.painting)
+            return images, loops, studio.command(order), list(used.values())
+
+        def cancel(request: gr.Request) -> None:
+            studio.cancel(str(request.session_hash))
+            gr.Info("cancelled")
+
+        inputs = {parts[name] for name in NAMES} | set(widgets.values())
+        outputs = [parts[name] for name in ("images", "loops", "command", "used")]
+        drawing = [event(draw, inputs, outputs, **MODEL) for event in (parts["start"].click, parts["prompt"].submit)]
+        # Gradio takes what still waits from the queue; what runs is told to stop.
+        parts["stop"].click(cancel, cancels=drawing)
+
+
+def _connect(studio: Studio, parts: dict[str, Any]) -> None:
+    """What changes on the page when a model, an example or references are chosen."""
+
+    def choose(name: str) -> list[Any]:
+        kind = studio.kind(name)
+        reads = gr.update(visible=kind.reads_references)
+        return [reads, reads, reads, gr.update(visible=kind.has_loops)]
+
+    def take(chosen: gr.SelectData) -> tuple[list[str], str, str]:
+        example = studio.examples[chosen.index]
+        return [str(path) for path in example.pictures], example.noun, example.prompt
+
+    shown = [parts[name] for name in ("files", "cutting", "cutouts", "loop_by_loop")]
+    parts["model"].change(choose, parts["model"], shown, show_progress="hidden")
+    fields = [parts[name] for name in ("files", "noun", "prompt")]
+    parts["examples"].select(take, None, fields, show_progress="hidden")
+    looks = [parts[name] for name in ("files", "segmenter", "noun")]
+    for change in (parts["files"].change, parts["segmenter"].change, parts["noun"].submit):
+        change(partial(_cut_out, studio), looks, parts["cutouts"], **MODEL)
 
 
 NAMES = ("model", "files", "segmenter", "noun", "prompt", "count", "seed", "picture", "painting")  # of an order
 
 
-def _order_of(values: dict[Any, Any], given: dict[str, Any], widgets: dict[Control, Any]) -> Order:
-    told = {name: values[given[name]] for name in NAMES}
+def _order_of(values: dict[Any, Any], parts: dict[str, Any], widgets: dict[Control, Any]) -> Order:
+    told = {name: values[parts[name]] for name in NAMES}
     settings = {one.name: value_of(one, values[field]) for one, field in widgets.items()}
     whole = {name: int(told[name]) if told[name] is not None else None for name in ("count", "seed")}
     files = {"files": told["files"] or (), "noun": told["noun"] or ""}
@@ -191,7 +171,7 @@ def _inputs(studio: Studio) -> dict[str, Any]:
             min_width=120,
         )
         noun = gr.Textbox("", label="What they show", placeholder="mug", interactive=True, min_width=120)
-    shown = gr.Gallery(
+    cutouts = gr.Gallery(
         label="Cut out",
         columns=4,
         height=190,
@@ -213,13 +193,33 @@ def _inputs(studio: Studio) -> dict[str, Any]:
         "cutting": cutting,
         "segmenter": segmenter,
         "noun": noun,
-        "shown": shown,
+        "cutouts": cutouts,
         "prompt": prompt,
         "start": start,
         "stop": stop,
         "count": count,
         "seed": seed,
     }
+
+
+def _outputs(studio: Studio) -> dict[str, Any]:
+    """The right column: pictures, command line, loops."""
+    shape = {"object_fit": "contain", "height": "auto", "interactive": False}
+    images = gr.Gallery(label="Images", columns=2, format="png", elem_id="images", **shape)
+    command = gr.Code(
+        NO_COMMAND,
+        language="shell",
+        label="The same by command line",
+        lines=2,
+        wrap_lines=True,
+        show_line_numbers=False,
+        interactive=False,
+        elem_id="command",
+    )
+    has_loops = studio.kind(studio.models[0]).has_loops
+    with gr.Accordion("Loop by loop", open=False, visible=has_loops) as loop_by_loop:
+        loops = gr.Gallery(show_label=False, columns=4, fit_columns=False, elem_id="loops", **shape)
+    return {"images": images, "command": command, "loops": loops, "loop_by_loop": loop_by_loop}
 
 
 def _inpainting(studio: Studio, model: Any) -> dict[str, Any]:
