@@ -313,7 +313,7 @@ def _write_stats(out: Path, calls: int, rejected: Mapping[str, int]) -> None:
 def read_captions(file: Path) -> list[Caption]:
     """The lines that are whole; a last one that a kill has torn is left out."""
     captions = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             captions.append(Caption(**json.loads(line)))
         except (ValueError, TypeError):

@@ -140,6 +140,7 @@ POSITIVE = (
     *("captions.parallel_calls", "images.per_caption", "images.size", "images.steps", "images.batch_size"),
     *("masks.batch_size", "masks.points_per_side", "quality.batch_size"),
 )
+AT_MOST = {"images.size": 8192, "images.batch_size": 4096, "masks.points_per_side": 256, "masks.batch_size": 4096}
 SHARES = ("captions.max_object_share", "quality.min_area", "quality.max_area", "quality.min_largest_part")
 AT_LEAST_0 = (
     *("seed", "captions.timeout", "captions.retries", "captions.temperature", "images.guidance"),
@@ -203,6 +204,9 @@ def _check(config: DatagenConfig) -> None:
     for key in POSITIVE:
         if values[key] < 1:
             raise InputError(f"{key} must be at least 1, got {values[key]}")
+    for key, most in AT_MOST.items():
+        if values[key] > most:
+            raise InputError(f"{key} must be at most {most}, got {values[key]}")
     for key in SHARES:
         if not 0 < values[key] <= 1:
             raise InputError(f"{key} is a share, above 0 and at most 1; got {values[key]}")
@@ -236,7 +240,10 @@ def settle(config: DatagenConfig) -> None:
     kept, shards = out / "datagen.yaml", any(out.glob("*.tar"))
     now = asdict(config)
     if kept.exists():
-        before, after = flat(OmegaConf.to_container(OmegaConf.load(kept))), flat(now)
+        try:
+            before, after = flat(OmegaConf.to_container(OmegaConf.load(kept))), flat(now)
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            raise InputError(f"{kept} is damaged ({str(error).splitlines()[0]}): choose another output") from error
         changed = {
             key: f"\n  {key}: {before.get(key)} -> {after.get(key)}"
             for key in sorted({*before, *after})

@@ -64,6 +64,8 @@ def read_samples(folder: Path) -> list[Sample]:
         if twice := [key for key, times in Counter(sample.key for sample in samples).items() if times > 1]:
             raise TypeError(f"the key {twice[0]!r} stands twice")
         for sample in samples:
+            if not isinstance(sample.caption, str) or not isinstance(sample.object, str):
+                raise TypeError(f"a caption and an object are texts, not {sample.caption!r} and {sample.object!r}")
             if not isinstance(sample.seed, int) or not 0 <= sample.seed < SEEDS:
                 raise TypeError(f"a seed is a whole number below 2^32, not {sample.seed!r}")
             if not isinstance(sample.key, str) or not KEY.fullmatch(sample.key):  # it names files

@@ -25,7 +25,7 @@ from data_gen.samples import Sample, read_lines, read_samples, write_lines, writ
 from pig.data.schema import Triplet
 from pig.data.shards import write_shard
 from pig.data.transforms import load_image
-from pig.errors import InputError
+from pig.errors import InputError, check_kinds
 from pig.models.encoders import load_clip
 
 STAGES = ("images", "masks", "quality", "shards")
@@ -48,8 +48,10 @@ Accepted = dict[str, tuple[Path, dict[str, Any]]]  # key -> folder and scores
 def verdicts(folder: Path) -> tuple[Accepted, Counter[str]]:
     """What `quality.jsonl` of a folder accepts, and how often it rejects for each reason."""
     rows = read_lines(folder / quality.DONE)
-    accepted = {row["key"]: (folder, row["scores"]) for row in rows if not row["reason"]}
-    return accepted, Counter(row["reason"] for row in rows if row["reason"])
+    for row in rows:
+        check_kinds(row, {"key": str, "scores": dict}, str(folder / quality.DONE))
+    accepted = {row["key"]: (folder, row["scores"]) for row in rows if not row.get("reason")}
+    return accepted, Counter(str(row["reason"]) for row in rows if row.get("reason"))
 
 
 def tar_of(output: Path, number: int) -> Path:
@@ -197,6 +199,8 @@ class ShardMaker:
         }
         for key in keys:
             folder, scores = accepted[key]
+            if (folder, key) not in samples:
+                raise InputError(f"{folder / quality.DONE} accepts {key!r}, which samples.jsonl does not hold")
             sample = samples[folder, key]
             target = load_image(folder / "images" / f"{key}.png").convert("RGB")
             reference = target.copy()

@@ -8,7 +8,8 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -30,6 +31,24 @@ def check_ranges(**settings: tuple[float, float, float]) -> None:
 def check_named(name: str, value: object, known: Sequence[object]) -> None:
     if value not in known:
         raise InputError(f"{name} {value!r} is none of {', '.join(str(one) for one in known if one is not None)}")
+
+
+def check_text(text: str) -> None:
+    """Refuse a text with bytes that are none of UTF-8, as a command line may have them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{text[:80]!r} is no text in UTF-8: write it again, in UTF-8") from error
+
+
+def check_kinds(told: Any, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
+    """Refuse what somebody's file says, if it lacks a name or holds a value of another kind."""
+    if not isinstance(told, Mapping):
+        raise InputError(f"{what} is damaged: it holds no names and values")
+    for name, kind in kinds.items():
+        value = told.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{what} is damaged: {name} is {str(value)[:80]!r}")
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:
@@ -63,6 +82,11 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             return 1, (
                 f"error: the disk is full{f' ({where})' if where else ''}: make room and give the same command again; "
                 "what was finished is kept"
+            )
+        if isinstance(one, MemoryError) or "can't allocate memory" in str(one):
+            return 1, (
+                f"error: not enough memory: draw fewer or smaller pictures at a time. What was finished is kept. "
+                f"({str(one).splitlines()[0][:160]})"
             )
     if (mistake := find_input_error(error)) is not None:
         # A loader's worker process wraps the message in its traceback.

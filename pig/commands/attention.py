@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 from pig.attention.maps import recording, word_maps
 from pig.commands.generate import cut_out_all
 from pig.commands.options import Subjects
-from pig.errors import InputError
+from pig.data.images import SEEDS
+from pig.errors import InputError, check_ranges
 from pig.files import make_folder, replacing
 from pig.methods import find_model, load_pipeline, pipeline_class
 from pig.models.cutting_out import CuttingOut
@@ -56,6 +57,7 @@ def attention(
     if len(subject.prompts) > 1:
         raise one_prompt
     (prompt,) = subject.prompts
+    check_ranges(**{"--seed": (seed, 0, SEEDS - 1)})
     kind.check_prompt(prompt, subject.class_noun, chosen)
     segment = cutting_out.make() if kind.reads_references else None
     references = cut_out_all([subject], what.references_per_subject, segment)[subject.name]
@@ -114,14 +116,14 @@ def show(picture: Image.Image, words: Sequence[tuple[str, Tensor]], title: str, 
     columns = min(6, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     plot, axes = pyplot.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), layout="constrained", squeeze=False)
-    plot.suptitle(title, fontsize=10)
+    plot.suptitle(title, fontsize=10, parse_math=False)
     for cell in axes.flat:
         cell.axis("off")
     axes.flat[0].imshow(picture)
     for cell, (word, heat) in zip(axes.flat[1:], words, strict=False):
         cell.imshow(picture.convert("L"), cmap="gray", extent=(0, 1, 0, 1))
         cell.imshow(heat / heat.max().clamp(min=1e-8), cmap="inferno", alpha=0.7, extent=(0, 1, 0, 1))
-        cell.set_title(f"{word}  {float(heat.mean()):.3f}", fontsize=9)
+        cell.set_title(f"{word}  {float(heat.mean()):.3f}", fontsize=9, parse_math=False)
     with replacing(out) as aside:
         plot.savefig(aside, format=out.suffix.lower().removeprefix("."), dpi=110)
     pyplot.close(plot)

@@ -19,10 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pig.commands.missing import missing_inputs
 from pig.data.modules import PersonalisationData
-from pig.errors import InputError, find_input_error
+from pig.errors import InputError, check_kinds, find_input_error
 from pig.files import locked, make_folder
 from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
-from pig.training.checkpoints import load_checkpoint
+from pig.training.checkpoints import RESUMED, load_checkpoint
 from pig.training.memory import print_memory
 from pig.training.module import PersonalisationModule
 
@@ -30,6 +30,9 @@ from pig.training.module import PersonalisationModule
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 OVERRIDES = "--config FILE sets everything; --model.X, --data.X and --trainer.X override single values of the file."
+
+
+MOST_DEVICES = 1024
 
 
 class Parser(PlainErrors, LightningArgumentParser):
@@ -51,7 +54,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         words = sys.argv[1:] if args is None else args
-        refuse_empty(words, "--run", "--out", "--subjects")
+        refuse_empty(words, "--run", "--out", "--subjects", "--ckpt_path")
         for config in values_of(words, "--config", "-c"):
             read_config(config)
         super().__init__(
@@ -87,6 +90,11 @@ class CLI(LightningCLI):
         Raises:
             InputError: the machine, or Lightning, has no such trainer.
         """
+        devices = (
+            (self.config.get(self.config.get("subcommand") or "") or self.config).get("trainer", {}).get("devices")
+        )
+        if isinstance(devices, int) and devices > MOST_DEVICES:
+            raise InputError(f"trainer.devices={devices}: at most {MOST_DEVICES} processes on one machine")
         try:
             return super().instantiate_trainer(**more)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
@@ -134,7 +142,9 @@ class CLI(LightningCLI):
         if path == "best":
             raise InputError("--ckpt_path best: only the run itself knows it; give the file, such as best.ckpt")
         if path and path not in ("last", "hpc"):
-            load_checkpoint(Path(path))
+            state = load_checkpoint(Path(path))
+            if self.config["subcommand"] == "fit":
+                check_kinds(state, RESUMED, path)
         if path == "last":  # where there is none, Lightning begins
             of_config = (told.get("trainer") or {}).get("callbacks") or []
             named = [one["init_args"].get("dirpath") for one in of_config if "ModelCheckpoint" in one["class_path"]]
@@ -177,6 +187,10 @@ def run(args: list[str]) -> None:
         raise StoppedError from error
     except OmegaConfBaseException as error:  # of what refers to an entry that is not there
         raise InputError(f"--config: {str(error).splitlines()[0]} at {error.full_key}") from error
+    except ZeroDivisionError as error:
+        raise InputError(
+            "a number is 0 that must be at least 1, such as trainer.max_steps or trainer.accumulate_grad_batches"
+        ) from error
     except ValueError as error:
         if "numpy accepts" in str(error):  # Lightning's only word on a seed
             raise InputError(f"--seed_everything: {error}") from error

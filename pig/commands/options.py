@@ -15,6 +15,7 @@ from pig.executors import ExecutorName
 from pig.sampling.inpainting import check_mask
 
 MOST_IMAGES = 100_000  # of a prompt
+MOST_PIXELS = 16_384  # of a side
 
 
 @dataclass
@@ -123,4 +124,7 @@ class Output:
         check_ranges(**{"--images_per_prompt": (self.images_per_prompt, 1, MOST_IMAGES)})
         if not 0 <= self.seed <= SEEDS - self.images_per_prompt:  # beyond, seeds would name the same pictures again
             raise InputError(f"--seed must lie between 0 and 2^32 - images_per_prompt, got {self.seed}")
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None:
+                check_ranges(**{f"--{name}": (side, 8, MOST_PIXELS)})
         check_ranges(reference_cache=(self.reference_cache, 0, 4096))

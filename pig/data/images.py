@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +77,9 @@ def note(folder: Path, job: Job, *, method: str, settings: Mapping[str, Any], ma
 def _line_of(text: str) -> str | None:
     """The file that a manifest's line is about; None for a line torn by a kill, or one that names no file."""
     try:
-        file = json.loads(text)["file"]
-        return file if isinstance(file, str) else None
+        line = json.loads(text)
+        file = line["file"]
+        return file if isinstance(file, str) and isinstance(line.get("settings", {}), dict) else None
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -117,7 +119,7 @@ def drawn_subject(references: Sequence[Path], images: Path, class_noun: str = ""
     prompts: dict[int, str] = {}
     for file, line in read_manifest(images).items():
         name, _, rest = file.partition("/")
-        if name == REFERENCES and rest.partition("/")[0].isdigit():
+        if name == REFERENCES and re.fullmatch(r"[0-9]{1,9}", rest.partition("/")[0]):
             prompts[int(rest.partition("/")[0])] = str(line.get("prompt"))
     if sorted(prompts) != list(range(len(prompts))) or not prompts:
         raise InputError(

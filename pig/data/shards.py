@@ -44,6 +44,14 @@ class ShardStats:
     rejected: Mapping[str, int] = field(default_factory=dict)
     encoded: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for values of other kinds: somebody else may have made the file."""
+        if not isinstance(self.sha256, str) or not isinstance(self.rejected, Mapping):
+            raise TypeError("sha256 is no text, or rejected holds no reasons")
+        for value in (self.count, self.bytes, *self.rejected.values()):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise TypeError(f"a count is {str(value)[:80]!r}")
+
 
 def rejections(stats: Iterable[ShardStats]) -> Counter[str]:
     """How often samples were rejected for each reason, over several shards."""
@@ -284,6 +292,9 @@ def decode_metadata(raw: Raw) -> dict[str, Any]:
     for entry in ("caption", "object"):
         if not isinstance(metadata, dict) or not (isinstance(metadata.get(entry), str) and metadata[entry].strip()):
             raise BadSampleError(f"{name}: {METADATA} has no {entry}")
+    scores = metadata.get("scores", {})
+    if not isinstance(scores, dict) or not all(isinstance(score, int | float) for score in scores.values()):
+        raise BadSampleError(f"{name}: the scores in {METADATA} are no numbers with names")
     return metadata
 
 

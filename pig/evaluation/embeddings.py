@@ -199,6 +199,7 @@ class Embedder:
             for name, tensor in tensors.items():
                 key, _, what = name.partition(".")
                 found.setdefault(key, {})[what] = tensor
+        found = {key: features for key, features in found.items() if "size" in features}  # the others: damaged
         sizes = {key: found[key].pop("size").tolist() for key in found}
         return {
             key: Looked(key, features, (sizes[key][0], sizes[key][1]))

@@ -115,6 +115,10 @@ def _check(told: Any) -> None:
         if not all(_is_number(mean) for mean in dict(means).values()):
             raise ValueError("a subject's score is no number")
     for one in told["images"]:
+        wanted: dict[str, type] = {"subject": str, "prompt": str, "prompt_index": int, "seed": str}
+        for name, of_kind in wanted.items():
+            if not isinstance(one.get(name), of_kind):
+                raise ValueError(f"the {name} of an image is {str(one.get(name))[:80]!r}")
         file = PurePosixPath(str(one.get("file")))
         if file.is_absolute() or ".." in file.parts:
             raise ValueError(f"an image's file {str(file)!r} lies outside of the images folder")

@@ -122,7 +122,7 @@ class Study:
         write_text(out / PLAN, told)
         self.lock = threading.Lock()
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
-        text = (out / ANSWERS).read_text(encoding="utf-8") if (out / ANSWERS).exists() else ""
+        text = (out / ANSWERS).read_text(encoding="utf-8", errors="replace") if (out / ANSWERS).exists() else ""
         if text and not text.endswith("\n"):  # torn by a crash: the next answer must not continue that line
             with (out / ANSWERS).open("a", encoding="utf-8") as stream:
                 stream.write("\n")

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
-from pig.errors import InputError, check_named
+from pig.errors import InputError, check_kinds, check_named
 from pig.files import read_json
 from pig.models.backbone import Backbone, base_digest, check_backbone, load_backbone
 from pig.models.names import FORMS, TOYWORLD, WEIGHTS
@@ -111,7 +110,9 @@ def find_model(model: str | Path) -> Source:
     if (folder / METHOD_FILE).is_file():
         method = str(read_json(folder / METHOD_FILE, "").get("method"))
         check_named(f"the method of {folder}", method, tuple(METHODS))
-        return Source(method, folder, index.get("settings") or {}, index.get("base"))
+        settings = index.get("settings") or {}
+        check_kinds({"settings": settings}, {"settings": Mapping}, str(folder / WHOLE))
+        return Source(method, folder, settings, index.get("base"))
     if index.get("_class_name") == "StableDiffusionPipeline":
         raise InputError(f"{model} is a Stable Diffusion without a method: draw with it by --model base:{model}")
     raise InputError(f"{model} is a {index.get('_class_name')}, of no method known here ({', '.join(METHODS)})")
@@ -211,9 +212,13 @@ def load_module(checkpoint: Path) -> PersonalisationModule:
     method = str(state.get("pig_method", "")).lower()
     if method not in METHODS:
         raise InputError(f"{checkpoint} is no checkpoint of a method known here ({', '.join(METHODS)})")
+    check_kinds(state, {"state_dict": dict, "hyper_parameters": dict}, str(checkpoint))
     # Names with an underscore are LightningCLI's own.
     told = {name: value for name, value in state["hyper_parameters"].items() if not name.startswith("_")}
-    module = module_class(method)(**told)
+    try:
+        module = module_class(method)(**told)
+    except TypeError as error:
+        raise InputError(f"{checkpoint} holds other settings than {method} has: {error}") from error
     module.load_state_dict(averaged_weights(state))
     return module
 
@@ -233,8 +238,8 @@ def _load_whole(folder: Path, kind: type[SubjectPipeline]) -> SubjectPipeline:
         pipeline = kind.from_pretrained(folder, use_safetensors=True)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"{folder} is a torn model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of whichever library reads this part of somebody's folder
+        raise InputError(f"{folder} is a torn model: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
     if pipeline.kept_apart:
         load_weights(pipeline, folder)
     denoiser = getattr(pipeline, pipeline.denoiser)
@@ -252,6 +257,9 @@ def _load_delta(folder: Path) -> SubjectPipeline:
             f"({found[:12]})"
         )
     kind = pipeline_class(delta.method)
-    pipeline = kind.from_backbone(backbone, base=delta.base, settings=delta.settings, **delta.options)
+    try:
+        pipeline = kind.from_backbone(backbone, base=delta.base, settings=delta.settings, **delta.options)
+    except TypeError as error:
+        raise InputError(f"{folder / DELTA} names options that {delta.method} does not have: {error}") from error
     load_weights(pipeline, folder)
     return pipeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ def check_backbone(backbone: Backbone) -> None:
         absent = [name for name, one in part.named_parameters() if one.is_meta]
         if absent:
             raise InputError(f"the model's {type(part).__name__} lacks the weights {', '.join(absent[:3])}")
+    scale = backbone.vae.config.scaling_factor
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
+        raise InputError(f"the VAE's config has the scaling_factor {scale!r}: a file of the model is damaged")
     words, known = len(backbone.tokenizer), backbone.text_encoder.config.vocab_size
     length, positions = backbone.tokenizer.model_max_length, backbone.text_encoder.config.max_position_embeddings
     if words > known or words < 0.9 * known or length > positions:

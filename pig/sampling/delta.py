@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pig.errors import InputError
+from pig.errors import InputError, check_kinds
 from pig.files import read_json, write_text
 from pig.models.backbone import base_digest, base_settings, load_backbone
 from pig.models.weights import copy_weights, read_weights
@@ -40,6 +40,8 @@ class Delta:
 
 def read_delta(folder: Path) -> Delta:
     told = read_json(folder / DELTA, f"{folder} is no delta")
+    kinds = {"method": str, "base": str, "base_digest": str, "settings": Mapping, "options": Mapping}
+    check_kinds(told, kinds, str(folder / DELTA))
     try:
         return Delta(**told)
     except TypeError as error:

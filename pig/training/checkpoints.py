@@ -29,9 +29,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+# What Lightning goes on from.
+RESUMED = {
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
+
+
 def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     """The EMA weights of a checkpoint, or its weights where it has none."""
-    averages = [saved["average"] for saved in state.get("callbacks", {}).values() if "average" in saved]
+    averages = [
+        saved["average"]
+        for saved in (state.get("callbacks") or {}).values()
+        if isinstance(saved, dict) and "average" in saved
+    ]
     return averages[0] if averages else state["state_dict"]
 
 

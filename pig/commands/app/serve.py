@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from pig.commands.app.examples import draw_examples
@@ -54,6 +55,12 @@ def app(
     examples = draw_examples(out / "examples")
     page = build_page(Studio(models, CuttingOut(sam=sam, detector=detector, rembg_model=rembg_model), examples))
     page.queue(max_size=MAX_WAITING)
+    with socket.socket() as one:  # Gradio says it in a traceback
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--port {port} at {host}: {error.strerror}; give another") from error
     page.launch(
         server_name=host,
         server_port=port,
