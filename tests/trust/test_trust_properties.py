@@ -55,13 +55,14 @@ LISTING = (
     b"'a {0} {1} in space'.format(unique_token, class_token)\n]\n\nLive Subject Prompts\n\nprompt_list = [\n"
     b"'a {0} {1} asleep'.format(unique_token, class_token)\n]\n"
 )
+KEYS = {"key": "k", "nearest_key": "k", "file": "mug/0/0.png"}
 RESULT = json.dumps(
     {
         **{"protocol": "dreambooth", "hash": "0" * 16, "name": "a", "images_folder": "x", "moves": {}, "missing": []},
         "scores": {"dino": {"mean": 0.5, "low": 0.4, "high": 0.6}},
         "subjects": {"mug": {"dino": 0.5}},
         **{"groups": {}, "bounds": {}, "notes": ["n"], "photographs": {"mug": [{"file": "a", "key": "k"}]}},
-        "images": [{"subject": "mug", "key": "k", "nearest_key": "k", "file": "mug/0/0.png"}],
+        "images": [{"subject": "mug", "prompt": "a mug", "prompt_index": 0, "seed": "0", **KEYS}],
     }
 ).encode()
 LINE = json.dumps({"file": "references/0/0.png", "prompt": "a mug", "settings": {}}).encode()
