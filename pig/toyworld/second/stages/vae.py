@@ -19,6 +19,7 @@ class VAEStage(first.VAEStage):
 
     def begin_from(self, weights: Path) -> None:
         self.vae = AutoencoderKL.from_pretrained(weights / "base/vae", dtype=torch.float32)
+        self.vae.register_to_config(_name_or_path="")  # else the path of this machine
 
     @staticmethod
     def pictures(count: int, first_seed: int) -> Tensor:
