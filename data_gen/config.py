@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -201,6 +202,11 @@ def _check(config: DatagenConfig) -> None:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise InputError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
+    if not config.output.strip():
+        raise InputError("output is empty: name a folder")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} must be a finite number, got {value}")
     for key in POSITIVE:
         if values[key] < 1:
             raise InputError(f"{key} must be at least 1, got {values[key]}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import docstring_parser
 import jsonargparse
 
+from pig.errors import InputError
 from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
 from pig.models.names import FORMS, TOYWORLD
 
@@ -61,7 +62,13 @@ def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., A
             positional.append(parameter.name)
         _add(parser, parameter.name, hint, parameter.default, helps[parameter.name], parameter.name in positional)
     told_hints = {name: hint for kind in (*groups.values(), function) for name, hint in get_type_hints(kind).items()}
-    refuse_empty(words, *(f"--{name}" for name, hint in told_hints.items() if Path in (hint, *get_args(hint))))
+    paths = [name for name, hint in told_hints.items() if Path in (hint, *get_args(hint))]
+    refuse_empty(words, *(f"--{name}" for name in paths))
+    for config in values_of(words, "--config"):
+        named = read_config(config)
+        for name in paths if isinstance(named, Mapping) else ():
+            if named.get(name) == "":
+                raise InputError(f"{config}: {name} is empty: name a file or folder")
     asked: dict[str, str] = {}  # flag -> control
     if SETTINGS in hints:
         asked = _add_controls(parser, words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from pig.methods import find_model, load_pipeline, pipeline_class
 from pig.models.cutting_out import CuttingOut
 from pig.models.encoders import tokenize
 from pig.models.names import TOYWORLD
+
+log = logging.getLogger(__name__)
 
 
 def attention(
@@ -62,6 +65,8 @@ def attention(
     segment = cutting_out.make() if kind.reads_references else None
     references = cut_out_all([subject], what.references_per_subject, segment)[subject.name]
     pipeline = load_pipeline(model)
+    for doubt in pipeline.doubts([prompt], None, None):
+        log.warning(doubt)
     found: list[Tensor] = []
     with recording(pipeline._unet, last=1) as maps:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pig.commands.missing import missing_inputs
 from pig.data.modules import PersonalisationData
-from pig.errors import InputError, check_kinds, find_input_error
+from pig.errors import InputError, check_kinds, check_ranges, find_input_error
 from pig.files import locked, make_folder
 from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
 from pig.training.checkpoints import RESUMED, load_checkpoint
@@ -90,9 +91,11 @@ class CLI(LightningCLI):
         Raises:
             InputError: the machine, or Lightning, has no such trainer.
         """
-        devices = (
-            (self.config.get(self.config.get("subcommand") or "") or self.config).get("trainer", {}).get("devices")
-        )
+        told = self.config.get(self.config.get("subcommand") or "") or self.config
+        devices = told["trainer"].get("devices")
+        for name, least in (("gradient_clip_val", 0), ("accumulate_grad_batches", 1), ("log_every_n_steps", 0)):
+            if told["trainer"].get(name) is not None:
+                check_ranges(**{f"trainer.{name}": (told["trainer"][name], least, math.inf)})
         if isinstance(devices, int) and devices > MOST_DEVICES:
             raise InputError(f"trainer.devices={devices}: at most {MOST_DEVICES} processes on one machine")
         try:

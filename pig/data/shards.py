@@ -51,6 +51,8 @@ class ShardStats:
         for value in (self.count, self.bytes, *self.rejected.values()):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise TypeError(f"a count is {str(value)[:80]!r}")
+        if self.count * TAR_BLOCK > self.bytes:
+            raise TypeError(f"{self.count} samples do not fit into {self.bytes} bytes")
 
 
 def rejections(stats: Iterable[ShardStats]) -> Counter[str]:
@@ -64,6 +66,7 @@ class Shard:
     stats: ShardStats
 
 
+TAR_BLOCK = 512  # bytes: the least that a file takes in a tar
 IN_COMMAND = re.compile(r"([^\s'\"/=]+)\.tar(?![\w.-])")  # the first one in a `pipe:` command
 
 
