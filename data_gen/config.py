@@ -204,9 +204,6 @@ def _check(config: DatagenConfig) -> None:
             raise InputError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
     if not config.output.strip():
         raise InputError("output is empty: name a folder")
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key} must be a finite number, got {value}")
     for key in POSITIVE:
         if values[key] < 1:
             raise InputError(f"{key} must be at least 1, got {values[key]}")
@@ -219,6 +216,9 @@ def _check(config: DatagenConfig) -> None:
     for key in AT_LEAST_0:
         if not values[key] >= 0:  # nan is not, either
             raise InputError(f"{key} must be at least 0, got {values[key]}")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} must be a finite number, got {value}")
     if config.quality.min_area >= config.quality.max_area:
         raise InputError(f"quality.min_area={config.quality.min_area} must be below quality.max_area")
     if "@" in (config.captions.base_url or ""):

@@ -34,6 +34,7 @@ OVERRIDES = "--config FILE sets everything; --model.X, --data.X and --trainer.X 
 
 
 MOST_DEVICES = 1024
+NO_BASE = "cannot load the base model"
 
 
 class Parser(PlainErrors, LightningArgumentParser):
@@ -82,9 +83,17 @@ class CLI(LightningCLI):
             InputError: names all inputs of a training that are not there, not the first one only.
         """
         missing = missing_inputs(self.config["fit"]) if self.config.get("subcommand") == "fit" else []
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            mistake = find_input_error(error)
+            if mistake is None or not str(mistake).startswith(NO_BASE):
+                raise  # a wrong number, say, which comes first
+            missing = [f"model.base: {mistake}", *(one for one in missing if not one.startswith("model.base"))]
+            if len(missing) == 1:
+                raise
         if len(missing) > 1:
             raise InputError("\n  ".join([f"{len(missing)} inputs of this experiment are not there:", *missing]))
-        super().instantiate_classes()
 
     def instantiate_trainer(self, **more: Any) -> Trainer:
         """
@@ -106,6 +115,9 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         self._refuse_a_used_folder()
         self._lock_folder()
+        resumed = self.config["fit"].get("ckpt_path")
+        if resumed and resumed not in ("last", "hpc"):
+            check_kinds(load_checkpoint(Path(resumed)), RESUMED, resumed)
         if self.config["fit"].get("print_memory"):
             print_memory(self.model, self.datamodule, self.trainer)
 
@@ -145,9 +157,7 @@ class CLI(LightningCLI):
         if path == "best":
             raise InputError("--ckpt_path best: only the run itself knows it; give the file, such as best.ckpt")
         if path and path not in ("last", "hpc"):
-            state = load_checkpoint(Path(path))
-            if self.config["subcommand"] == "fit":
-                check_kinds(state, RESUMED, path)
+            load_checkpoint(Path(path))
         if path == "last":  # where there is none, Lightning begins
             of_config = (told.get("trainer") or {}).get("callbacks") or []
             named = [one["init_args"].get("dirpath") for one in of_config if "ModelCheckpoint" in one["class_path"]]

@@ -24,9 +24,9 @@ from pig.evaluation.report import write_report
 from pig.evaluation.results import Result, summarise
 from pig.evaluation.tables import score_table, write_tables
 from pig.files import digest, make_folder
-from pig.models.cutting_out import RembgModel, SegmenterName
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import make_segmenter
+from pig.models.names import RembgModel, SegmenterName
 
 LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "open_clip_torch", "timm", "torchmetrics")
 console = Console(soft_wrap=True)

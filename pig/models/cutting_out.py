@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from pig.data.subjects import Segment
-from pig.models.names import TOYWORLD
-
-SegmenterName = Literal["none", "sam", "grounded-sam", "rembg"]
-# Their licences allow commercial use: U2-Net (Apache-2.0; 4 MB), IS-Net (Apache-2.0; 180 MB), BiRefNet (MIT; 970 MB).
-# rembg's own default is none of these: its newest one forbids commercial use without an agreement.
-RembgModel = Literal["u2netp", "isnet-general-use", "birefnet-general"]
-DETECTOR = "IDEA-Research/grounding-dino-tiny"
+from pig.models.names import DETECTOR, TOYWORLD, RembgModel, SegmenterName
 
 
 @dataclass

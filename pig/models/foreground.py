@@ -10,8 +10,8 @@ from PIL import Image
 
 from pig.data.subjects import Segment
 from pig.errors import InputError, check_named
-from pig.models.cutting_out import DETECTOR, RembgModel, SegmenterName
 from pig.models.encoders import weights_digest
+from pig.models.names import DETECTOR, RembgModel, SegmenterName
 from pig.models.segmenters import best_boxes, encode, is_background, load_detector, load_sam, masks_for
 
 THRESHOLD = 0.25  # of Grounding DINO's certainty; its authors'

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pig.data.transforms import reference_picture, to_tensor
+from pig.errors import check_text
 from pig.models.backbone import encode_images, vae_scale
 from pig.models.encoders import tokenize
 from pig.sampling.call import Call, Condition
@@ -34,6 +35,7 @@ class EncodingPipeline(OffloadingPipeline):
 
     def cut_off(self, prompt: str) -> str:
         """What of a prompt is longer than the tokenizer takes, and is not read."""
+        check_text(prompt)
         limit = self.tokenizer.model_max_length - 2  # the begin and the end
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return self.tokenizer.decode(ids[limit:])

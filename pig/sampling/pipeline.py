@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from pig.data.subjects import Segment
 from pig.data.transforms import to_images
-from pig.errors import InputError, check_named, check_ranges, check_text
+from pig.errors import InputError, check_named, check_ranges
 from pig.models.backbone import Backbone, align, check_size, decode_latents, make_scheduler, vae_scale
 from pig.sampling.call import Call, Drawn
 from pig.sampling.encoding import EncodingPipeline
@@ -227,8 +227,6 @@ class SubjectPipeline(EncodingPipeline):
         if image is not None and image.size != (width, height):
             raise InputError(f"inpainting keeps the picture's size {image.size}; leave height and width away")
         cutouts = cut_outs_of(prompts, references, segment) if self.reads_references else [[] for _ in prompts]
-        for prompt in prompts:
-            check_text(prompt)
         for cut in filter(None, map(self.cut_off, dict.fromkeys(prompts))):
             log.warning("the prompt is too long, its end is not read: %r%s", cut[:80], " ..." if cut[80:] else "")
 

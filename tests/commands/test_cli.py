@@ -129,9 +129,7 @@ def test_no_shard_matches(monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_all_that_is_missing_is_said_at_once(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.chdir(tmp_path)  # without data/
-    config = Path(__file__).parents[2] / "configs/bootpig/sd21.yaml"
-    code, error = run_inline(monkeypatch, capsys, "fit", "--config", str(config), "--model.base", "nobody/nothing")
+    code, error = run_inline(monkeypatch, capsys, "fit", "--config", TOY, "--run", str(tmp_path))
     assert code == 2
     assert "inputs of this experiment are not there" in error
     for part in ("data.shards: no shard", "data.val_shards null", "subjects of SubjectSamples", "own_photos.yaml"):
@@ -182,7 +180,7 @@ def test_generate_refuses_bad_input(monkeypatch, capsys, tmp_path) -> None:
         (["--references", picture, "--model", str(WEIGHTS / "base")], "Stable Diffusion without a method"),
         (["--references", picture, "--seed", str(10**30)], "--seed must lie between"),
         (["--references", masked], "masked.png: the mask is (10, 10), its image (20, 20)"),
-        (["--references", picture, "--height", "0"], "size 64x0"),
+        (["--references", picture, "--height", "0"], "--height must be between 8 and 16384"),
         (["--references", picture, "--height", "60"], "size 64x60"),
         (["--references", picture, "--image_guidance", "-1"], "image_guidance must be between 0 and 1000"),
         (["--references", picture, "--prompt", " "], "an empty prompt"),

@@ -39,7 +39,7 @@ def test_names() -> None:
     assert find_model("base:some/hub-id").base == "some/hub-id"
     assert find_model("toyworld").settings["text_guidance"] == 1.5
     assert load_pipeline("toyworld/base", "cpu").method == "base"
-    with pytest.raises(InputError, match=r"no embedded model 'toyworld/nothing'; there are: base, bootpig"):
+    with pytest.raises(InputError, match=r"no embedded model 'toyworld/nothing'; there are: toyworld, toyworld/ezigen"):
         find_model("toyworld/nothing")
     with pytest.raises(InputError, match="is no model: give a folder made by `export` or `tune`"):
         find_model("nowhere")

@@ -55,6 +55,7 @@ def test_13_no_checkpoint_runs_code(tmp_path, toy_data, monkeypatch, capsys) -> 
     # What Lightning itself looks for, such as `last`, is loaded without code, too.
     last = tmp_path / "run/fit/checkpoints/last.ckpt"
     last.parent.mkdir(parents=True)
+    (tmp_path / "run/data").symlink_to(toy_data)
     torch.save({}, last)
     monkeypatch.setattr(sys, "argv", ["pig.cli", "fit", *map(str, words), "--ckpt_path=last", "--trainer.max_steps=1"])
     told: dict[str, Any] = {}

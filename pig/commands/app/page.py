@@ -13,8 +13,7 @@ from PIL import Image
 from pig.commands.app.studio import MAX_IMAGES, Order, Pictures, Studio
 from pig.data.transforms import reference_picture
 from pig.errors import InputError
-from pig.models.cutting_out import SegmenterName
-from pig.models.names import TOYWORLD
+from pig.models.names import TOYWORLD, SegmenterName
 from pig.sampling.settings import Control
 
 MODEL = {"concurrency_limit": 1, "concurrency_id": "model"}  # one at a time uses it

@@ -10,8 +10,8 @@ from pig.commands.app.examples import draw_examples
 from pig.commands.app.studio import Studio
 from pig.errors import InputError
 from pig.methods import embedded_models, models_at
-from pig.models.cutting_out import DETECTOR, CuttingOut, RembgModel
-from pig.models.names import TOYWORLD
+from pig.models.cutting_out import CuttingOut
+from pig.models.names import DETECTOR, TOYWORLD, RembgModel
 
 PASSWORD = "PIG_APP_PASSWORD"  # the environment variable: a command line can be read by others on the machine
 LOCAL = ("127.0.0.1", "localhost", "::1")

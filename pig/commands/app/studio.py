@@ -19,9 +19,9 @@ from pig.data.subjects import load_cutout
 from pig.data.transforms import normalise
 from pig.errors import InputError
 from pig.methods import default_device, find_model, load_pipeline, pipeline_class
-from pig.models.cutting_out import CuttingOut, SegmenterName
+from pig.models.cutting_out import CuttingOut
 from pig.models.foreground import make_segmenter
-from pig.models.names import TOYWORLD
+from pig.models.names import TOYWORLD, SegmenterName
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.references import ReferenceCache
 from pig.sampling.settings import Control, controls
