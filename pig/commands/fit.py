@@ -31,8 +31,6 @@ from pig.training.module import PersonalisationModule
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 OVERRIDES = "--config FILE sets everything; --model.X, --data.X and --trainer.X override single values of the file."
-
-
 MOST_DEVICES = 1024
 NO_BASE = "cannot load the base model"
 

@@ -201,7 +201,7 @@ def evaluate(
         segmenter: also score the objects alone, on white: sam, grounded-sam, rembg; or none.
         sam: for --segmenter sam and grounded-sam: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth.
         rembg_model: for --segmenter rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`.
-        images_per_prompt: how many there must be; by default as many as any prompt has.
+        images_per_prompt: expected number of images per prompt; default: the largest number that any prompt has.
         allow_missing: if images are missing or unreadable, score the others and say so in the result.
         name: the method's name in the tables; default: the name of the images folder.
         batch_size: images per forward pass.

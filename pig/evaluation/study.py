@@ -29,7 +29,7 @@ from pig.evaluation.compare import named_apart, place_of
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import rate_interval
 from pig.evaluation.tables import plain
-from pig.files import make_folder, write_text
+from pig.files import make_folder, sha256_of, write_text
 
 PAGE = Path(__file__).with_suffix(".html")
 FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer
@@ -110,7 +110,7 @@ class Study:
         self.tokens = {path: hashlib.sha256(secret + str(path).encode()).hexdigest()[:24] for path in files}
         self.paths = {token: path for path, token in self.tokens.items()}
         plan = {"names": list(self.names), "hashes": [first.hash, second.hash], "pairs": pairs, "seed": seed}
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)]
+        digests = [sha256_of(path) for path in sorted(files)]
         plan["questions"] = hashlib.sha256("".join([*self.items, *digests]).encode()).hexdigest()[:16]
         make_folder(out)
         told = json.dumps(plan, indent=1)
