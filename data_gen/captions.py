@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from data_gen.config import CaptionsConfig
 from data_gen.samples import write_lines
-from pig.errors import InputError
+from pig.errors import InputError, check_kinds
 from pig.toyworld import scene
 
 FILE = "captions.jsonl"
@@ -315,7 +315,9 @@ def read_captions(file: Path) -> list[Caption]:
     captions = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            captions.append(Caption(**json.loads(line)))
+            one = Caption(**json.loads(line))
+            check_kinds(asdict(one), {"caption": str, "object": str}, "a caption")
+            captions.append(one)
         except (ValueError, TypeError):
             if file.suffix != ".part":
                 raise InputError(f"{file}: not a caption: {line[:80]!r}") from None

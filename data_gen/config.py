@@ -141,7 +141,10 @@ POSITIVE = (
     *("captions.parallel_calls", "images.per_caption", "images.size", "images.steps", "images.batch_size"),
     *("masks.batch_size", "masks.points_per_side", "quality.batch_size"),
 )
-AT_MOST = {"images.size": 8192, "images.batch_size": 4096, "masks.points_per_side": 256, "masks.batch_size": 4096}
+AT_MOST = {
+    **{"threads": 1024, "images.size": 8192, "images.batch_size": 4096},
+    **{"masks.points_per_side": 256, "masks.batch_size": 4096},
+}
 SHARES = ("captions.max_object_share", "quality.min_area", "quality.max_area", "quality.min_largest_part")
 AT_LEAST_0 = (
     *("seed", "captions.timeout", "captions.retries", "captions.temperature", "images.guidance"),

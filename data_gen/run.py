@@ -37,7 +37,7 @@ from data_gen.shards import (
 from pig.data.shards import ShardStats, rejections, stats_path
 from pig.errors import InputError
 from pig.executors import device_of, execute
-from pig.files import locked, make_folder, sha256_of
+from pig.files import check_folder, locked, make_folder, sha256_of
 
 console = Console()
 CARD = "README.md"
@@ -160,6 +160,7 @@ def estimate(config: DatagenConfig) -> tuple[float, float]:
 
 def dry_run(config: DatagenConfig) -> None:
     """Print the plan and, where the models can be loaded here, the time that a real batch makes one expect."""
+    check_folder(Path(config.output))
     console.print(plan(config))
     check_device(config)
     if config.captions.captioner == "grammar":

@@ -24,14 +24,24 @@ def make_folder(folder: Path) -> None:
     Raises:
         InputError: it is a file, or cannot be made or written to.
     """
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if folder.is_file():
-            raise InputError(f"{folder} is a file, not a folder: name another place") from error
         raise InputError(f"cannot write into {folder}: {error.strerror}; name another place") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write into {folder}: it is read-only; name another place")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what `make_folder` would refuse, and make nothing.
+
+    Raises:
+        InputError: it is a file, or cannot be written to.
+    """
+    there = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), folder)
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, not a folder: name another place")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"cannot write into {there}: it is read-only; name another place")
 
 
 @contextmanager

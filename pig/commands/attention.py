@@ -45,17 +45,21 @@ def attention(
     what, cutting_out = what or Subjects(), cutting_out or CuttingOut()
     if out.suffix.lower() not in (".png", ".pdf", ".svg") or out.is_dir():
         raise InputError(f"--out: give a file such as maps.png, .pdf or .svg, not {out}")
+    make_folder(out.parent)
     source = find_model(model)
     kind = pipeline_class(source.method)
     chosen = kind.Settings.given(source.settings, settings or {})
     one_prompt = InputError("attention shows one --prompt of one subject")
     if what.subjects is not None:
         raise one_prompt
-    for flag, given in {"step": what.step, "early": what.early, "late": what.late, "image": what.image}.items():
-        if given is not None:
+    for flag in ("step", "early", "late"):
+        if getattr(what, flag) is not None:
             raise InputError(
                 f"--{flag} is not for attention: give a subject's step as --model, such as DIR/dog/step-000400"
             )
+    for flag in ("image", "mask"):
+        if getattr(what, flag) is not None:
+            raise InputError(f"--{flag} is for inpainting, which attention does not show")
     (subject,) = what.read(kind.reads_references)
     if len(subject.prompts) > 1:
         raise one_prompt
@@ -85,7 +89,6 @@ def attention(
     text = pipeline.text_of(prompt, subject.class_noun, chosen)
     words = words_of(pipeline.tokenizer, text)
     means = torch.stack(found).mean(0)[0]
-    make_folder(out.parent)
     show(drawn.images[0], [(word, means[places].sum(0)) for word, places in words], text, out)
     print(out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from pig.files import write_text
 from pig.models.names import TOYWORLD
 from pig.sampling.delta import DELTA
 from pig.sampling.pipeline import SubjectPipeline
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 OWN = {"base": "apache-2.0", "generator": "apache-2.0", "data": "apache-2.0"}  # of the toy world
@@ -59,6 +62,8 @@ def examples(pipeline: SubjectPipeline, example: Example) -> list[tuple[str, int
         return []
     what = Subjects(references=example.references, prompt=example.prompt, class_noun=example.class_noun)
     (subject,) = what.read(pipeline.reads_references)
+    for doubt in pipeline.doubts(subject.prompts, None, None):
+        log.warning(doubt)
     cutouts = cut_out_all([subject], None)[subject.name] if pipeline.reads_references else None
     return [
         (prompt, seed, pipeline(prompt, cutouts, class_noun=subject.class_noun, generator=generator).images[0])
@@ -114,6 +119,16 @@ def write_card(
         picture.save(folder / file)
         lines += [f"![{prompt}, seed {seed}]({file})", "", f"`{prompt}`, seed {seed}, on the CPU", ""]
     write_text(folder / CARD, "\n".join(lines))
+
+
+def check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"--push_to_hub {name!r} is no model's name on the hub, such as me/my-dog: {error}") from error
 
 
 def push(folder: Path, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pig.commands.card import Example, Licences, examples, push, write_card
+from pig.commands.card import Example, Licences, check_repository, examples, push, write_card
 from pig.errors import InputError
 from pig.files import make_folder, replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
@@ -45,6 +45,8 @@ def export(
         push_to_hub: upload the folder as this model, such as me/my-dog.
     """
     licences, example = licences or Licences(), example or Example()
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     if sum(one is not None for one in (checkpoint, model, from_release)) != 1:
         raise InputError("give one of --checkpoint, --model and --from_release")
     if base != RELEASE_BASE and from_release is None:

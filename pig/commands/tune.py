@@ -29,7 +29,7 @@ from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.errors import InputError, WorkerDiedError, find_input_error
 from pig.executors import ExecutorName, execute
-from pig.files import digest_of, make_folder, read_json, write_text
+from pig.files import digest_of, locked, make_folder, read_json, write_text
 from pig.sampling.delta import kept_steps
 from pig.training.checkpoints import load_checkpoint
 from pig.training.memory import print_memory
@@ -273,9 +273,8 @@ def tune_one(device: str, wanted: set[int], job: Job) -> tuple[str, str]:
     this one fails."""
     quiet_lightning()
     make_folder(job.work)
-    (job.work / RUNNING).touch()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with locked(job.work), marked(job.work / RUNNING), contextlib.redirect_stdout(io.StringIO()):
             place = [] if device == "cpu" else ["--trainer.accelerator=gpu", f"--trainer.devices=[{gpu_of(device)}]"]
             cli = Job(**{**vars(job), "args": (*job.args, *place)}).cli()
             trainer: Trainer = cli.trainer
@@ -292,12 +291,20 @@ def tune_one(device: str, wanted: set[int], job: Job) -> tuple[str, str]:
             write_text(job.work / "error.txt", traceback.format_exc())
             return job.name, f"{error} (see {job.work / 'error.txt'})"
         return job.name, str(mistake)
-    finally:
-        (job.work / RUNNING).unlink()
     if missing := wanted - kept_steps(job.out).keys():
         return job.name, f"the steps {sorted(missing)} are not there: delete {job.out} and tune it again"
     shutil.rmtree(job.work / "checkpoints", ignore_errors=True)  # as large as model and optimizer together
     return job.name, ""
+
+
+@contextlib.contextmanager
+def marked(file: Path) -> Iterator[None]:
+    """The file is there while the block runs, and stays if the process dies."""
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def gpu_of(device: str) -> str:

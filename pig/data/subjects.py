@@ -183,7 +183,7 @@ def _read_text(listing: Path, folder: Path) -> str:
     try:
         return listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {listing} of {folder}: {error}") from error
+        raise InputError(f"cannot read {listing}: {error}") from error
 
 
 def _classes(text: str, listing: Path) -> list[tuple[str, str]]:

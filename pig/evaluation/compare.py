@@ -107,7 +107,7 @@ def check_alike(results: Sequence[Result]) -> None:
     for other in results[1:]:
         unlike = [name for name in {**first.moves, **other.moves} if first.moves.get(name) != other.moves.get(name)]
         if unlike == ["libraries"]:
-            other.notes.append(f"made with other library versions than {first.name}: {other.moves['libraries']}")
+            other.notes.append(f"made with other library versions than {first.name}: {other.moves.get('libraries')}")
         elif unlike:
             raise InputError(
                 f"{first.folder} and {other.folder} differ in {', '.join(unlike)}: their scores mean different things. "

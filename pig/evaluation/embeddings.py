@@ -199,7 +199,15 @@ class Embedder:
             for name, tensor in tensors.items():
                 key, _, what = name.partition(".")
                 found.setdefault(key, {})[what] = tensor
-        found = {key: features for key, features in found.items() if "size" in features}  # the others: damaged
+        blank = Image.new("RGB", (8, 8))
+        shapes = {name: encoder.images([blank])[0].shape for name, encoder in self.encoders.items()} if found else {}
+        shapes |= {f"{name}_masked": shape for name, shape in shapes.items()} | {"size": torch.Size([2])}
+        found = {
+            key: features
+            for key, features in found.items()
+            if features.keys() >= {*self.encoders, "size"}  # the others are damaged: looked at again
+            and all(shapes.get(name) == feature.shape for name, feature in features.items())
+        }
         sizes = {key: found[key].pop("size").tolist() for key in found}
         return {
             key: Looked(key, features, (sizes[key][0], sizes[key][1]))

@@ -143,7 +143,7 @@ def fixed_of(result: Result) -> list[tuple[str, float, float]]:
 
 def ceiling_of(result: Result) -> float | None:
     """DINO of real photographs against each other, which have no prompt."""
-    real = result.bounds["real"].get("dino")
+    real = result.bounds.get("real", {}).get("dino")
     return None if real is None else real["mean"]
 
 
@@ -175,7 +175,7 @@ def gallery(results: Sequence[Result]) -> dict[str, Any]:
             "told": ", ".join(
                 f"{TITLES[score]} {short(first.subjects[name][score])}"
                 for score in ("dino", "clip_t")
-                if name in first.subjects
+                if score in first.subjects.get(name, ())
             ),
         }
         for name, photographs in first.photographs.items()

@@ -88,6 +88,7 @@ def _check(told: Any) -> None:
     """
     if not isinstance(told, dict):
         raise ValueError("it is no object")
+    json.dumps(told, ensure_ascii=False).encode()  # half a surrogate pair can be written nowhere
     kinds = {"protocol": str, "hash": str, "name": str, "images_folder": str, "images": list, "notes": list,
              "missing": list, "scores": dict, "subjects": dict, "groups": dict, "bounds": dict, "photographs": dict,
              "moves": dict}  # fmt: skip
@@ -95,37 +96,59 @@ def _check(told: Any) -> None:
         if not isinstance(told.get(name), kind):
             raise ValueError(f"{name} is no {kind.__name__}")
     for name in ("protocol", "hash"):
-        if not KEY.fullmatch(told[name]):
-            raise ValueError(f"{name} {told[name][:80]!r} is not made of letters, digits, _ and -")
+        _check_key(told[name], name)
     if not all(isinstance(note, str) for note in told["notes"]):
         raise ValueError("a note is no text")
-    photographs = [one for of in told["photographs"].values() for one in of]
-    for entry, names in [(told["images"], ("key", "nearest_key")), (photographs, ("key",))]:
-        for one in entry:
-            for name in names:
-                if not isinstance(one, dict) or not KEY.fullmatch(str(one.get(name))):
-                    raise ValueError(f"the {name} of a picture is not made of letters, digits, _ and -")
     if unknown := set(told["bounds"]) - {"real", "copy", "text_only"}:
         raise ValueError(f"an unknown bound {sorted(unknown)[0]!r}")
+    for name in ("groups", "bounds", "subjects"):
+        if not all(isinstance(of, dict) for of in told[name].values()):
+            raise ValueError(f"{name} holds something else than scores")
     for scores in (told["scores"], *told["groups"].values(), *told["bounds"].values()):
-        for score, of in dict(scores).items():
+        for score, of in scores.items():
             if not isinstance(of, dict) or not all(_is_number(of.get(name)) for name in ("mean", "low", "high")):
                 raise ValueError(f"the score {score} has no mean, low and high")
     for means in told["subjects"].values():
-        if not all(_is_number(mean) for mean in dict(means).values()):
+        if not all(_is_number(mean) for mean in means.values()):
             raise ValueError("a subject's score is no number")
+    for subject, photographs in told["photographs"].items():
+        if not isinstance(photographs, list) or not photographs:
+            raise ValueError(f"{subject} has no photographs")
+        for one in photographs:
+            if not isinstance(one, dict) or not isinstance(one.get("file"), str):
+                raise ValueError(f"a photograph of {subject} has no file")
+            _check_key(one.get("key"), "a photograph's key")
     for one in told["images"]:
-        wanted: dict[str, type] = {"subject": str, "prompt": str, "prompt_index": int, "seed": str}
-        for name, of_kind in wanted.items():
-            if not isinstance(one.get(name), of_kind):
-                raise ValueError(f"the {name} of an image is {str(one.get(name))[:80]!r}")
-        file = PurePosixPath(str(one.get("file")))
-        if file.is_absolute() or ".." in file.parts:
-            raise ValueError(f"an image's file {str(file)!r} lies outside of the images folder")
+        _check_image(one, told)
+
+
+def _check_image(image: Any, told: dict[str, Any]) -> None:
+    if not isinstance(image, dict):
+        raise ValueError("an image is no object")
+    for name in ("key", "nearest_key"):
+        _check_key(image.get(name), f"an image's {name}")
+    wanted = {"subject": str, "prompt": str, "prompt_index": int, "seed": str, "kind": str, "copied": bool}
+    for name, kind in wanted.items():
+        if not isinstance(image.get(name), kind):
+            raise ValueError(f"the {name} of an image is {str(image.get(name))[:80]!r}")
+    for of in ("subjects", "photographs"):
+        if image["subject"] not in told[of]:
+            raise ValueError(f"{of} lacks the subject {image['subject'][:80]!r}")
+    if odd := [score for score in told["scores"] if not _is_number(image.get(score, 0))]:
+        raise ValueError(f"the {odd[0]} of an image is no number")
+    file = PurePosixPath(str(image.get("file")))
+    if file.is_absolute() or ".." in file.parts:
+        raise ValueError(f"an image's file {str(file)!r} lies outside of the images folder")
+
+
+def _check_key(key: Any, what: str) -> None:
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        raise ValueError(f"{what} {str(key)[:80]!r} is not made of letters, digits, _ and -")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """One that a score can be: no NaN, and nothing that overflows."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def notes_of(results: Sequence[Result]) -> list[str]:

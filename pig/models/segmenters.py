@@ -28,6 +28,7 @@ from pig.errors import InputError
 from pig.models.names import resolve
 
 META_SIZES = ("vit_h", "vit_l", "vit_b")
+SAM_FORMS = "Give `toyworld`, a folder with config.json and model.safetensors, or Meta's sam_vit_h_4b8939.pth"
 
 
 @dataclass(frozen=True)
@@ -90,26 +91,35 @@ def load_sam(name: str | Path, device: torch.device | str = "cpu") -> Sam:
     Raises:
         InputError: it is none of these, or cannot be read.
     """
-    path = Path(resolve(name, "sam"))
+    path, kind = find_sam(name)
     try:
-        if path.suffix == ".pth":
-            kind = next((size for size in META_SIZES if size in path.name), None)
-            if kind is None:
-                raise InputError(f"{path}: the name of a SAM file must say its size, one of {', '.join(META_SIZES)}")
+        if kind is not None:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             sam = sam_model_registry[kind]()
         else:
             weights = load_file(path / "model.safetensors")
             sam = build_sam(SamSize(**json.loads((path / "config.json").read_text(encoding="utf-8"))))
         sam.load_state_dict(weights)
-    except InputError:
-        raise
     except Exception as error:
-        raise InputError(
-            f"cannot load a SAM from {str(path)!r}: expected `toyworld`, a folder with config.json and "
-            f"model.safetensors, or Meta's sam_vit_h_4b8939.pth. The cause: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"cannot load a SAM from {path}: {str(error).splitlines()[0]}. {SAM_FORMS}") from error
     return sam.to(device).eval()
+
+
+def find_sam(name: str | Path) -> tuple[Path, str | None]:
+    """Where a SAM lies, and for one of Meta's files its size.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(resolve(name, "sam"))
+    if not (path if path.suffix == ".pth" else path / "config.json").is_file():
+        raise InputError(f"there is no SAM {str(name)!r}. {SAM_FORMS}")
+    if path.suffix != ".pth":
+        return path, None
+    kind = next((size for size in META_SIZES if size in path.name), None)
+    if kind is None:
+        raise InputError(f"{path}: the name of a SAM file must say its size, one of {', '.join(META_SIZES)}")
+    return path, kind
 
 
 class EncodedPredictor(SamPredictor):

@@ -52,7 +52,7 @@ def copy_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor], where: 
         where: they come from. otherwise: what to do where they do not fit, for the message.
 
     Raises:
-        InputError: names or shapes differ; a number is not finite.
+        InputError: names, shapes or kinds of numbers differ; a number is not finite.
     """
     if own.keys() != given.keys():
         odd = sorted(own.keys() ^ given.keys())
@@ -62,6 +62,9 @@ def copy_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor], where: 
             if tensor.shape != given[name].shape:
                 shapes = f"has shape {tuple(given[name].shape)}, wanted is {tuple(tensor.shape)}"
                 raise InputError(f"{where}: {name} {shapes}. {otherwise}")
+            if tensor.is_floating_point() != given[name].is_floating_point():
+                kinds = f"is {given[name].dtype}, wanted is {tensor.dtype}"
+                raise InputError(f"{where}: {name} {kinds}. {otherwise}")
             if not given[name].isfinite().all():
                 raise InputError(f"{where}: {name} holds numbers that are not finite (NaN): the training went wrong")
             tensor.copy_(given[name])

@@ -288,6 +288,20 @@ def test_a_lost_worker_costs_its_own_subject_only(toy_data, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_two_on_one_output(tuned, toy_data, tmp_path) -> None:
+    """The second is refused where the first one works, and breaks nothing."""
+    command = [sys.executable, "-m", "pig.cli", *words(config_in(tmp_path), tuned / "subjects", tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode in (0, 2), said
+        assert process.returncode == 0 or "another run is writing into" in said
+    run(*command[3:])
+    assert_same(tmp_path / "out", tuned / "out")
+
+
+@pytest.mark.slow
 def test_killed_twice_by_any_workers_the_same_weights(toy_data, tmp_path) -> None:
     subjects, config = subjects_in(tmp_path / "subjects", toy_data, 4), config_in(tmp_path, steps=12, save_at=(6,))
     run(*words(config, subjects, tmp_path / "whole"))

@@ -61,7 +61,7 @@ def test_what_must_be_set_is_named(tmp_path) -> None:
     [
         (["captions.count=100000"], "the grammar has 1404 captions"),
         (["images.model=/no/such/model"], r"cannot load images\.model='/no/such/model'"),
-        (["masks.sam=/no/such/sam"], "cannot load a SAM from '/no/such/sam'"),
+        (["masks.sam=/no/such/sam"], "there is no SAM '/no/such/sam'"),
         (["quality.clip=/no/such/clip"], "cannot load a CLIPModel from '/no/such/clip'"),
     ],
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import random
 import re
 import shutil
 import xml.etree.ElementTree
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +24,13 @@ from small_networks import noise
 from benchmarks import sweep
 from pig import cli
 from pig.errors import InputError
-from pig.evaluation import benchmark
-from pig.evaluation.compare import Difference, corrected, differences
+from pig.evaluation import benchmark, report
+from pig.evaluation.compare import Difference, compare, corrected, differences
 from pig.evaluation.figures import Point, plane_svg, read_curve
 from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
+from pig.evaluation.study import questions
 
 
 def test_odd_names(bench, capsys) -> None:
@@ -60,6 +66,38 @@ def test_odd_names(bench, capsys) -> None:
     templates = listing.read_text().replace("a {0} {1} on the beach", "a {1} named {0}, on the beach")
     listing.write_text(templates)
     assert evaluate(bench)["images"][0]["subject"] == "can"
+
+
+def places(tree: Any, at: tuple = ()) -> Iterator[tuple]:
+    """Of all entries; of a list, the first one's."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ():
+        yield (*at, key)
+        yield from places(value, (*at, key))
+
+
+def test_whatever_stands_in_a_result(bench, tmp_path, monkeypatch) -> None:
+    """Any value in place of any other: refused, or compared, shown and asked about."""
+    whole = evaluate(bench)
+    monkeypatch.setattr(report, "plane_svg", lambda *_: "")  # half a second each
+    values = ["", None, 5, True, "\ud800", [], {}, 10**400, [1], {"a": 1}, [{}]]
+    accepted = 0
+    for place, value in random.Random(0).sample([(p, v) for p in places(whole) for v in values], 300):
+        told = copy.deepcopy(whole)
+        node = told
+        for key in place[:-1]:
+            node = node[key]
+        if value == "":
+            del node[place[-1]]
+        else:
+            node[place[-1]] = value
+        (tmp_path / "results.json").write_text(json.dumps(told))
+        with suppress(InputError):
+            Result.read(tmp_path)
+            accepted += 1
+            compare([tmp_path, bench / "out"], tmp_path / "compared")
+            compare([bench / "out", tmp_path], tmp_path / "compared")
+            questions(Result.read(tmp_path), Result.read(bench / "out"), 6, 0)
+    assert 0 < accepted < 300
 
 
 def test_report_is_one_file(bench, capsys) -> None:

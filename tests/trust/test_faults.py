@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +87,34 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-# Command -> program, words for a folder of pictures and one of toy data, and kilobytes that are too few.
-COMMANDS: dict[str, tuple[Callable[[], None], Callable[[Path, Path], list[str]], int]] = {
-    "triplets": (data_gen.main, lambda *_: ["triplets", "--count=60"], 100),
-    "subjects": (data_gen.main, lambda *_: ["subjects", "--count=4"], 60),
-    "photos": (data_gen.main, lambda own, _: ["photos", f"--photos={own}", "--object=mug", "--size=96"], 40),
-    "encode": (
-        data_gen.main,
-        lambda _, toy: ["encode", str(toy / "triplets"), "--base=toyworld", "--resolution=64"],
-        200,
+@dataclass(frozen=True)
+class Command:
+    """words: for a folder of pictures and one of toy data. too_little: kilobytes of a disk that its output fills. out:
+    how it is told its output."""
+
+    words: Callable[[Path, Path], list[str]]
+    too_little: int
+    program: Callable[[], None] = cli.main
+    out: str = "--out={}"
+
+
+SHORT_CHAIN = ["captions.count=6", "shards.size=3", "images.steps=3", "shards.attempts=2", "workers=1"]
+COMMANDS = {
+    "triplets": Command(lambda *_: ["triplets", "--count=60"], 100, data_gen.main),
+    "subjects": Command(lambda *_: ["subjects", "--count=4"], 60, data_gen.main),
+    "photos": Command(lambda own, _: ["photos", f"--photos={own}", "--object=mug", "--size=96"], 40, data_gen.main),
+    "encode": Command(
+        lambda _, toy: ["encode", str(toy / "triplets"), "--base=toyworld", "--resolution=64"], 200, data_gen.main
     ),
-    "inspect": (data_gen.main, lambda _, toy: ["inspect", str(toy / "triplets")], 40),
-    "generate": (cli.main, lambda own, _: ["generate", *of_pictures(own), "--images_per_prompt=3"], 24),
-    "export": (cli.main, lambda *_: ["export", "--model=toyworld"], 9000),
-    "evaluate": (cli.main, lambda own, _: scored(own), 24),
-    "compare": (cli.main, lambda own, _: ["compare", str(own / "first"), str(own / "second")], 24),
+    "inspect": Command(lambda _, toy: ["inspect", str(toy / "triplets")], 40, data_gen.main),
+    "chain": Command(lambda *_: ["configs/datagen/toyworld.yaml", *SHORT_CHAIN], 24, data_gen.main, "output={}"),
+    "generate": Command(lambda own, _: ["generate", *of_pictures(own), "--images_per_prompt=3"], 24),
+    "attention": Command(lambda own, _: ["attention", *of_pictures(own)[:4], "--steps=1"], 24, out="--out={}/maps.png"),
+    "export": Command(lambda *_: ["export", "--model=toyworld"], 9000),
+    "evaluate": Command(lambda own, _: scored(own), 24),
+    "compare": Command(lambda own, _: ["compare", str(own / "first"), str(own / "second")], 24),
 }
-SLOW = ("encode", "export", "generate")
+SLOW = ("chain", "encode", "export", "generate")
 # What goes on in a folder, or makes it anew.
 RERUN = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
@@ -113,11 +125,11 @@ RERUN = [
 
 def run(command: str, pictures: Path, toy_data: Path, out: Path) -> int:
     """Its exit code."""
-    program, words, _ = COMMANDS[command]
+    one = COMMANDS[command]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pig", *words(pictures, toy_data), f"--out={out}"])
+        patch.setattr(sys, "argv", ["pig", *one.words(pictures, toy_data), one.out.format(out)])
         try:
-            program()
+            one.program()
         except SystemExit as end:
             return int(end.code or 0)
     return 0
@@ -139,7 +151,7 @@ def started(*given: Any) -> int:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk(disk, pictures, toy_data, tmp_path, capsys, command) -> None:
-    disk.resize(COMMANDS[command][2])
+    disk.resize(COMMANDS[command].too_little)
     assert run(command, pictures, toy_data, disk.folder / "out") == 1
     assert "error: the disk is full" in capsys.readouterr().err
     disk.resize(200_000)
@@ -167,7 +179,6 @@ def test_other_commands_on_a_disk_that_is_read_only(disk, pictures, toy_data, tm
     results, subjects = [str(pictures / name) for name in ("first", "second")], str(toy_data / "subjects")
     for words in (
         ["study", *results, "--port=0", f"--out={disk.folder / 'study'}"],
-        ["attention", "--references", str(pictures / "0.png"), "--prompt=a mug", f"--out={disk.folder / 'maps.png'}"],
         ["app", f"--out={disk.folder / 'app'}"],
         [
             "tune",

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from data_gen.captions import read_captions
 from pig.data.images import read_manifest
 from pig.data.shards import BadSampleError, decode_metadata, find_shards, stats_path
 from pig.errors import InputError, check_text, ending
 from pig.methods import find_model, load_module, load_pipeline
 from pig.models.names import WEIGHTS
+from pig.models.weights import copy_weights
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,20 @@ def test_scores_of_a_sample(scores) -> None:
     metadata = {"caption": "a mug", "object": "mug", "scores": scores}
     with pytest.raises(BadSampleError, match="the scores in json are no numbers"):
         decode_metadata({"__key__": "a", "json": json.dumps(metadata).encode()})
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+def test_weights_of_another_kind_of_number(kind) -> None:
+    own = {"a": torch.zeros(3)}
+    with pytest.raises(InputError, match="a is torch.* wanted is torch.float32"):
+        copy_weights({"a": torch.ones(3, dtype=kind)}, own, "x.safetensors", "")
+    assert own["a"].eq(0).all()
+
+
+def test_captions_of_another_kind(tmp_path) -> None:
+    (tmp_path / "captions.jsonl").write_text('{"caption": 5, "object": "mug"}')
+    with pytest.raises(InputError, match="not a caption"):
+        read_captions(tmp_path / "captions.jsonl")
 
 
 def test_a_manifest(tmp_path) -> None:

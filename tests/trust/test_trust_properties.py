@@ -55,7 +55,7 @@ LISTING = (
     b"'a {0} {1} in space'.format(unique_token, class_token)\n]\n\nLive Subject Prompts\n\nprompt_list = [\n"
     b"'a {0} {1} asleep'.format(unique_token, class_token)\n]\n"
 )
-KEYS = {"key": "k", "nearest_key": "k", "file": "mug/0/0.png"}
+KEYS = {"key": "k", "nearest_key": "k", "file": "mug/0/0.png", "kind": "scene", "copied": False}
 RESULT = json.dumps(
     {
         **{"protocol": "dreambooth", "hash": "0" * 16, "name": "a", "images_folder": "x", "moves": {}, "missing": []},

@@ -12,6 +12,7 @@ from pig.errors import InputError
 from pig.methods import embedded_models, models_at
 from pig.models.cutting_out import CuttingOut
 from pig.models.names import DETECTOR, TOYWORLD, RembgModel
+from pig.models.segmenters import find_sam
 
 PASSWORD = "PIG_APP_PASSWORD"  # the environment variable: a command line can be read by others on the machine
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -51,6 +52,7 @@ def app(
         from pig.commands.app.page import build_page
     except ImportError as error:
         raise InputError("the page needs Gradio: make app, or pip install 'pig[app]'") from error
+    find_sam(sam)
     models = list(dict.fromkeys([*models_at(model), *embedded_models()]))
     examples = draw_examples(out / "examples")
     page = build_page(Studio(models, CuttingOut(sam=sam, detector=detector, rembg_model=rembg_model), examples))
