@@ -37,7 +37,7 @@ from data_gen.shards import (
 from pig.data.shards import ShardStats, rejections, stats_path
 from pig.errors import InputError
 from pig.executors import device_of, execute
-from pig.files import check_folder, locked, make_folder, sha256_of
+from pig.files import check_folder, locked, make_folder, sha256_of, write_text
 
 console = Console()
 CARD = "README.md"
@@ -269,7 +269,7 @@ def write_card(config: DatagenConfig) -> None:
         + "\nCaptions rejected, by reason:\n\n"
         + markdown_table(("reason", "captions"), caption_rejects)
     )
-    (out / CARD).write_text(text, encoding="utf-8")
+    write_text(out / CARD, text)
 
 
 def stage_alone(stage: str, config: DatagenConfig, folder: Path | None = None) -> None:

@@ -102,8 +102,10 @@ def _local(make_work: MakeWork, jobs: Sequence[Any], workers: int) -> Iterator[A
                     raise WorkerDiedError(LOST.format(cause="its process ended abruptly")) from error
             yield None
     except BaseException:
-        for process in list((pool._processes or {}).values()):  # what they have done is on disk
-            process.terminate()
+        # What they have done is on disk. A SIGTERM would not do: Lightning ends a training by an exception then, which
+        # the pool takes for this job's result, and the worker begins the next job.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -196,6 +196,10 @@ def run(args: list[str]) -> None:
         CLI()
     except SIGTERMException as error:
         raise StoppedError from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an `exit(1)` of
+            raise error.__context__ from None
+        raise
     except OmegaConfBaseException as error:  # of what refers to an entry that is not there
         raise InputError(f"--config: {str(error).splitlines()[0]} at {error.full_key}") from error
     except ZeroDivisionError as error:

@@ -288,6 +288,29 @@ def test_a_lost_worker_costs_its_own_subject_only(toy_data, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_stopped_by_ctrl_c(tuned, toy_data, tmp_path) -> None:
+    """As a terminal sends it: to the command and its workers."""
+    subjects, out = subjects_in(tmp_path / "subjects", toy_data, 3), tmp_path / "out"
+    command = [sys.executable, "-m", "pig.cli", *words(config_in(tmp_path, steps=4000), subjects, out)]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore it
+    )
+    while not (out / NAMES[0] / "step-000002").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.endswith("stopped; what was finished is kept\n")
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_two_on_one_output(tuned, toy_data, tmp_path) -> None:
     """The second is refused where the first one works, and breaks nothing."""
     command = [sys.executable, "-m", "pig.cli", *words(config_in(tmp_path), tuned / "subjects", tmp_path / "out")]

@@ -45,7 +45,13 @@ def command(toy_data: Path, run: Path, *more: str) -> list[str]:
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        arguments,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore it
     )
 
 
@@ -62,7 +68,7 @@ def uninterrupted(toy_data, tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, tmp_path, uninterrupted, stop) -> None:
     last = tmp_path / "ckpt/last.ckpt"
     process = start(command(toy_data, tmp_path))
@@ -70,8 +76,12 @@ def test_a_stopped_run_ends_with_the_very_weights_of_one_that_was_not(toy_data, 
     while not last.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, stop)
-    process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped; what was finished is kept" in said
+        assert "Traceback" not in said
     halfway = torch.load(last, weights_only=True)
     assert 0 < halfway["global_step"] < STEPS
     finish(start(command(toy_data, tmp_path, "--ckpt_path", str(last))))
