@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from data_gen.config import DatagenConfig, load_config
 from data_gen.images import Painter
 from data_gen.masks import make_segmenter
 from data_gen.samples import Sample, batches
+from pig.costs import machine
 from pig.models.encoders import load_clip
 from pig.models.segmenters import encode
 
@@ -135,8 +135,7 @@ def main() -> None:
         for stage in STAGES:
             for ours in (False, True):
                 rows.append(pool.apply(measure, (stage, ours, chosen.samples)))
-    machine = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, one thread"
-    table = Table("stage", "way", "samples/s", "ratio", "peak memory", title=f"data generation on {machine}")
+    table = Table("stage", "way", "samples/s", "ratio", "peak memory", title=f"data generation on {machine()}")
     for before, after in zip(rows[::2], rows[1::2], strict=True):
         for row in (before, after):
             ratio = row["samples_per_second"] / before["samples_per_second"]
@@ -144,7 +143,7 @@ def main() -> None:
             table.add_row(row["stage"], row["way"], f"{row['samples_per_second']:.2f}", f"{ratio:.2f}", memory)
     Console().print(table)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+    chosen.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
     print(chosen.out)
 
 

@@ -26,11 +26,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from benchmarks.dreambooth import BASE, NO_PRIOR, Scores, draw, made_subjects, markdown, paths, plain, score, tune
-from benchmarks.sampling import cost, flops_of, machine
+from benchmarks.sampling import cost
 from benchmarks.sweep import brackets
 from pig import diffusion
 from pig.attention.maps import distance, recording
 from pig.cli import run
+from pig.costs import flops_of, machine
 from pig.data.images import read_generated
 from pig.data.subjects import SubjectFolder
 from pig.data.transforms import load_image, to_tensor

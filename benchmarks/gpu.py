@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.naive import Naive
-from benchmarks.training import DEVICE, SIZES, Ours, autocast, encode, machine_name, now, prepare
+from benchmarks.training import DEVICE, SIZES, Ours, autocast, encode, now, prepare
+from pig.costs import machine
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
@@ -211,9 +212,9 @@ def main() -> None:
     for row in PARTS[chosen.part](Setting(chosen.size, chosen.out)):
         rows.append(row)  # written at once: a part may run out of time
         (chosen.out / f"{chosen.part}.json").write_text(
-            json.dumps({"machine": machine_name(), "rows": rows}, indent=1), encoding="utf-8"
+            json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8"
         )
-    table = Table(*rows[0], title=f"{chosen.part}: {machine_name()}, {chosen.size}")
+    table = Table(*rows[0], title=f"{chosen.part}: {machine()}, {chosen.size}")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)

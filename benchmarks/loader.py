@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sampling import machine
 from data_gen.toyworld import draw_triplets
+from pig.costs import machine
 from pig.data.encoded import EncodedTriplet, decode_encoded, encoded_members
 from pig.data.modules import TripletDataModule
 from pig.data.shards import decode_triplet, find_shards, read_shard, write_samples

@@ -12,10 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import re
-import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +23,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from pig import diffusion
 from pig.attention.merged import MergedReferences
+from pig.costs import flops_of, machine, peak_memory
 from pig.data.transforms import cut_out
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 from pig.models.backbone import decode_latents
@@ -160,23 +157,8 @@ def cost(draw: Callable[[], Any], flops: int, count: int) -> dict[str, Any]:
     return {
         "seconds_per_image": (time.perf_counter() - began) / count,
         "flops_per_image": flops / count,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
     }
-
-
-# torch 2.11's counter passes over the attention of CPUs.
-aten = torch.ops.aten
-for cpus, gpus in (
-    (aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
-    (aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._scaled_dot_product_flash_attention_backward),
-):
-    flop_registry.setdefault(cpus, flop_registry[gpus])
-
-
-def flops_of(work: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def channels_last(pipeline: BootPIGPipeline) -> None:
@@ -246,12 +228,6 @@ def count(way: str, references: int, images: int) -> dict[str, Any]:
                 naive_step(model, latents[:1], z_ref_t, t, text[:1], one, one)
     flops = counter.get_total_flops() / (1 if way == "naive" else total)
     return {"way": way, "references": references, "images": images, "flops_per_image": flops, "counted": True}
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def main() -> None:

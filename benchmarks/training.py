@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,9 @@ from torch import Tensor, nn
 
 from benchmarks.naive import RATES, Naive
 from benchmarks.random_weights import SD21, random_base, random_networks
-from benchmarks.sampling import flops_of, machine
 from data_gen.encode import encode_shards
 from data_gen.toyworld import draw_triplets
+from pig.costs import flops_of, machine, peak_memory
 from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
@@ -131,7 +130,7 @@ class Run:
 
     def measure(self) -> dict[str, Any]:
         """FLOPs of a step, its stages, and the most memory it took; after some steps."""
-        size, steps, most = len(self.batches[0].keys), len(self.batches), memory()
+        size, steps, most = len(self.batches[0].keys), len(self.batches), peak_memory()
         flops = [flops_of(partial(self.trained.step, self.optimizer, one, self.half)) for one in self.batches]
         stages = Stages(self.trained)
         for one in self.batches:
@@ -195,13 +194,6 @@ def measure_all(base: str, batches: dict[str, list[Batch]], precision: str, at_o
     return rows
 
 
-def memory() -> int:
-    """The most that was taken so far, in bytes: by the device, or by this process."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measured_peak(precision: str) -> float:
     """FLOP/s of a large product on this machine, the best of several."""
     size, times = (8192, 20) if DEVICE.type == "cuda" else (2048, 8)
@@ -261,10 +253,6 @@ def counted() -> dict[str, float]:
     return {name: flops / 1e12 for name, flops in found.items()}
 
 
-def machine_name() -> str:
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cpu = DEVICE.type == "cpu"
@@ -287,8 +275,8 @@ def main() -> None:
         row["seconds_per_sample"]["loader"] = loading / chosen.batch
         row["share_of_peak"] = row["flops_per_sample"] * row["samples_per_second"] / peak
         row["precision"] = chosen.precision
-    chosen.out.write_text(json.dumps({"machine": machine_name(), "rows": rows}, indent=1), encoding="utf-8")
-    title = f"{machine_name()}, {chosen.size}, {chosen.precision}; GFLOP of a sample; peak {peak / 1e9:.0f} GFLOP/s"
+    chosen.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
+    title = f"{machine()}, {chosen.size}, {chosen.precision}; GFLOP of a sample; peak {peak / 1e9:.0f} GFLOP/s"
     columns = ("way", "batch", "samples/s", "speed", "GFLOP", "of peak", "memory")
     table = Table(*columns, title=title)
     for row in rows:

@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": ("pig.commands.tune:tune", "tune a model for each subject of a folder: --config FILE --subjects DIR"),
     "app": ("pig.commands.app.serve:app", "draw on a page in the browser"),
     "attention": ("pig.commands.attention:attention", "which parts of a picture each word of its prompt looks at"),
+    "cost": ("pig.commands.cost:cost", "measure a picture's seconds, FLOPs and memory"),
     "evaluate": ("pig.evaluation.benchmark:evaluate", "score a folder of generated images: tables and a report"),
     "compare": (
         "pig.evaluation.compare:compare",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("files", "mistakes", "pages"),
-    ("diffusion", "executors"),
+    ("costs", "diffusion", "executors"),
     ("data",),
     ("attention", "models"),
     ("evaluation",),  # knows no method, no training, no sampling

@@ -62,13 +62,13 @@ class MicroBatchedModule(LightningModule):
 
     def _tell_split(self) -> None:
         world, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        size = self._global_batch()
+        size = self.global_batch()
         micro = self.micro_size(share := largest_share(size, world))
         split = f"processes {world} x micro-batches {-(-share // micro) * accumulated} x samples {micro}"
         rest = "" if size % (world * micro) == 0 else " at most"
         rank_zero_info(f"global batch {size * accumulated}: {split}{rest}")
 
-    def _global_batch(self) -> int:
+    def global_batch(self) -> int:
         return int(self.trainer.train_dataloader.dataset.batch_size)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -132,7 +132,7 @@ class MicroBatchedModule(LightningModule):
         for part in parts:
             loss, t = self.losses(part, training=True)
             # Processes' gradients are averaged, each of its share of the batch.
-            share = loss.sum() * (self.trainer.world_size / self._global_batch())
+            share = loss.sum() * (self.trainer.world_size / self.global_batch())
             found.append((loss.detach(), t))
             if not exchanged or part is not parts[-1]:
                 (share / self.trainer.accumulate_grad_batches).backward()
@@ -210,7 +210,7 @@ class MicroBatchedModule(LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._samples += self._global_batch()
+        self._samples += self.global_batch()
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             now = time.perf_counter()
             speed = self._samples / (now - self._since)
