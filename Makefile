@@ -9,7 +9,7 @@ GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep ablations \
-	ablations-instantbooth dreambooth dreamblend bench-datagen bench-training bench-sampling toyworld-weights clean
+	ablations-instantbooth dreambooth dreamblend tournament bench-datagen bench-training bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -70,6 +70,9 @@ dreambooth: .venv/.ready ## DreamBooth, LoRA, Textual Inversion by steps of tuni
 
 dreamblend: .venv/.ready ## DreamBlend against DreamBooth's own checkpoints, on the toy world, into runs/dreamblend (hours; resumable)
 	$(BIN)/python -W ignore -m benchmarks.dreamblend $(ARGS)
+
+tournament: .venv/.ready ## all methods on one base, data set and benchmark, into runs/tournament (a day or two; resumable)
+	$(BIN)/python -W ignore -m pig.cli tournament configs/tournament/toyworld.yaml $(ARGS)
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen

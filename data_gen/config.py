@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data_gen.folders import MADE_BY
 from pig.errors import InputError
 from pig.files import write_text
+from pig.mistakes import flat, settings_from
 
 
 @dataclass
@@ -165,39 +164,9 @@ def load_config(file: Path, overrides: list[str]) -> DatagenConfig:
     Raises:
         InputError: no such file, an unknown key, a value of the wrong type or out of its range, or a missing one.
     """
-    schema = OmegaConf.structured(DatagenConfig)
-    try:
-        merged = OmegaConf.merge(schema, OmegaConf.load(file), OmegaConf.from_dotlist(overrides))
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise InputError(f"{missing[0]} must be set, in {file} or as {missing[0]}=VALUE")
-        config = OmegaConf.to_object(merged)
-    except FileNotFoundError as error:
-        raise InputError(f"no such config: {file}") from error
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"unknown key {key!r} in {file} or on the command line{hint}") from error
-    except InputError:
-        raise
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, DatagenConfig)
+    config = settings_from(DatagenConfig, file, overrides)
     _check(config)
     return config
-
-
-def _keys() -> list[str]:
-    return list(flat(OmegaConf.to_container(OmegaConf.structured(DatagenConfig))))
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"captions.count": 256, ...}"""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else name).items()
-    }
 
 
 def _check(config: DatagenConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -11,8 +10,7 @@ import sys
 from typing import Any
 
 from pig.errors import InputError, run_command
-
-PR_SET_PDEATHSIG = 1
+from pig.processes import die_with_parent
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 # Command -> the function that does it, imported when it runs, and what it is for.
@@ -28,6 +26,7 @@ COMMANDS = {
         "compare results of `evaluate`: paired differences, images side by side",
     ),
     "study": ("pig.evaluation.study:study", "a blind study of two results with people"),
+    "tournament": ("pig.commands.tournament.run:tournament", "train, draw, score and compare all methods: FILE.yaml"),
     "export": ("pig.commands.export:export", "write a checkpoint, model or authors' release as a model folder"),
 }
 # Names of the command line that are gone: command -> flag -> what to give instead.
@@ -72,9 +71,9 @@ def run(args: list[str]) -> Any:
 
 def main() -> None:
     """Exit code 2 for bad input, with its message."""
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    if "LOCAL_RANK" in os.environ:
         # One of several processes: if the one that started it is killed, it would wait for it in the next exchange.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
     logging.basicConfig(format="%(levelname)s %(message)s")
     run_command(lambda: run(sys.argv[1:]))
 

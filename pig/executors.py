@@ -27,6 +27,7 @@ Work = Callable[[Any], Any]  # of one job, in a worker; its results can be pickl
 MakeWork = Callable[[str], Work]  # on a device; can be pickled, and loads what the jobs of a worker share
 
 POLL = 1.0  # seconds between looks at the progress
+QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 LOST = "a worker died ({cause}); often one is killed for memory: try fewer workers or smaller batches"
 
 
@@ -85,6 +86,10 @@ def _do(job: Any) -> Any:
 
 
 def _local(make_work: MakeWork, jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+    # A killed worker's semaphores are cleaned up by a process of Python's own, which would say so.
+    told = os.environ.get("PYTHONWARNINGS", "")
+    if QUIET_TRACKER not in told:
+        os.environ["PYTHONWARNINGS"] = f"{told},{QUIET_TRACKER}".lstrip(",")
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
     workers = min(workers, len(jobs))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from pig.errors import InputError
+
+Settings = TypeVar("Settings")
 
 KINDS = {
     "<class 'int'>": "a whole number",
@@ -98,3 +103,40 @@ def read_config(file: str) -> Any:
         return OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:
         raise InputError(f"--config {file}: {str(error).splitlines()[0]}") from error
+
+
+def settings_from(kind: type[Settings], file: Path, overrides: Sequence[str]) -> Settings:
+    """A dataclass from a YAML file over its defaults, and `key=value` over both.
+
+    Raises:
+        InputError: no such file, an unknown key, a value of another type, or a missing one.
+    """
+    schema = OmegaConf.structured(kind)
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise InputError(f"{missing[0]} must be set, in {file} or as {missing[0]}=VALUE")
+        found = OmegaConf.to_object(merged)
+    except FileNotFoundError as error:
+        raise InputError(f"no such config: {file}") from error
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        near = get_close_matches(key, list(flat(OmegaConf.to_container(schema))), 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"unknown key {key!r} in {file} or on the command line{hint}") from error
+    except InputError:
+        raise
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None)
+        raise InputError(f"{file}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
+    assert isinstance(found, kind)
+    return found
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"captions.count": 256, ...}` of a tree of names."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground floor up: a room may import those above it in this list, and itself.
 FLOORS = (
     ("errors",),
-    ("files", "mistakes", "pages"),
+    ("files", "mistakes", "pages", "processes"),
     ("costs", "diffusion", "executors"),
     ("data",),
     ("attention", "models"),

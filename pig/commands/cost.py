@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pig.commands.generate import cut_out_all
+from pig.commands.drawing import Drawer, Order, load_for
+from pig.commands.generate import cut_out_all, deltas_of_subjects
 from pig.commands.options import Subjects
 from pig.costs import flops_of, machine, peak_memory
+from pig.data.images import Job
 from pig.errors import InputError, check_ranges
 from pig.files import make_folder, write_text
-from pig.methods import find_model, load_pipeline, pipeline_class
+from pig.methods import Source, default_device, find_model, pipeline_class
 from pig.models.names import TOYWORLD
 
 console = Console(soft_wrap=True)
@@ -50,18 +52,14 @@ def cost(
     kind = pipeline_class(source.method)
     chosen = kind.Settings.given(source.settings, settings or {})
     subject = what.read(kind.reads_references)[0]
-    references = cut_out_all([subject], what.references_per_subject)[subject.name] if kind.reads_references else None
-    pipeline = load_pipeline(model)
+    cutouts = cut_out_all([subject], what.references_per_subject) if kind.reads_references else {subject.name: []}
+    order = Order(Path(), model, cutouts, chosen.as_json(), deltas_of_subjects(source, [subject], what))
+    pipeline = load_for(order, default_device())
     pipeline.set_progress_bar_config(disable=True)
+    drawer = Drawer(order, pipeline)
 
-    def draw() -> Any:
-        return pipeline(
-            subject.prompts[0],
-            references,
-            class_noun=subject.class_noun,
-            generator=torch.Generator().manual_seed(0),
-            **chosen.as_json(),
-        )
+    def draw() -> None:
+        drawer.call([Job(subject, 0, 0)], generator=torch.Generator().manual_seed(0))
 
     flops = flops_of(draw)
     seconds = []
@@ -73,8 +71,8 @@ def cost(
     told = {
         "trained_weights": sum(weight.numel() for _, weight in trained),
         "weights": sum(part.numel() for part in _weights(pipeline)),
-        "disk_bytes": _bytes_of(source.folder),
-        "references": len(references or ()),
+        "disk_bytes": _bytes_of(order, source),
+        "references": len(cutouts[subject.name]),
         "flops_per_picture": flops,
         "seconds_per_picture": statistics.median(seconds),
         "peak_memory_bytes": peak_memory(),
@@ -91,6 +89,8 @@ def _weights(pipeline: Any) -> list[torch.Tensor]:
     return list({id(one): one for module in modules for one in module.parameters()}.values())
 
 
-def _bytes_of(folder: Path | None) -> int | None:
-    """Of a model's folder; None for a base model, whose place is the hub's affair."""
-    return None if folder is None else sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _bytes_of(order: Order, source: Source) -> int | None:
+    """Of the model's folder, or of one subject's in a tuned one; None for a base model, which lies at the hub."""
+    folders = next(iter(order.deltas.values()), () if source.folder is None else (source.folder,))
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) if folders else None

@@ -1,0 +1,224 @@
+"""The tournament's page: tables, planes, costs, and all methods' pictures side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pig.commands.tournament import plan
+from pig.commands.tournament.config import Tournament
+from pig.commands.tournament.standings import (
+    COMPARED,
+    SCORES,
+    Gap,
+    Standing,
+    gaps,
+    ledger,
+    main_standings,
+    ranks,
+    read_standings,
+)
+from pig.evaluation.compare import check_alike, named_apart, signed
+from pig.evaluation.figures import Point, plane_svg, svg_of
+from pig.evaluation.report import Section, Table, ceiling_of, fixed_of, write_report
+from pig.evaluation.statistics import interval
+from pig.evaluation.tables import TITLES, plain, short
+from pig.files import write_text
+from pig.pages import Markup
+
+PAGES = ("report.html", "tournament.md", "tournament.json")
+COSTS = {  # of the ledger: key -> heading, factor
+    "trained_weights": ("trained weights, M", 1e-6),
+    "training_samples": ("training: samples", 1),
+    "training_seconds": ("minutes", 1 / 60),
+    "training_flops": ("TFLOP", 1e-12),
+    "tuning_seconds": ("tuning a subject: minutes", 1 / 60),
+    "tuning_flops": ("TFLOP", 1e-12),
+    "flops_per_picture": ("picture: GFLOP", 1e-9),
+    "seconds_per_picture": ("seconds", 1),
+    "peak_memory_bytes": ("peak memory, GB", 1e-9),
+    "disk_bytes": ("on disk, MB", 1e-6),
+}
+
+
+def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
+    """`report.html`, `tournament.md` and `tournament.json` in the tournament's folder."""
+    standings = read_standings(config, guests)
+    first = main_standings(config, standings)
+    check_alike([one.results[0] for one in first])  # the same networks, protocol, subjects and prompts
+    costs = ledger(config)
+    tables = all_tables(config, standings, first, costs)
+    results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
+    sections = [Section(name, tables=[table], note=note) for name, table, note in tables]
+    sections.insert(1, Section("The plane, over training seeds", figure_of(plane(first))))
+    sections.insert(3, Section("Scores over costs", figure_of(scatter(first, costs))))
+    write_report(
+        results,
+        config.folder(),
+        title="Tournament",
+        summary=[f"{len(config.methods)} methods on {config.base}, {config.samples} training samples each."],
+        sections=sections,
+    )
+    out = config.folder()
+    write_text(out / PAGES[1], markdown(tables))
+    write_text(out / PAGES[2], json.dumps(numbers(config, standings, first, costs), indent=1) + "\n")
+    return [out / name for name in PAGES]
+
+
+def all_tables(
+    config: Tournament, standings: Sequence[Standing], first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Table, str]]:
+    """(heading, table, note)."""
+    against = next(one for one in first if one.method == config.against)
+    others = [one for one in first if one is not against]
+    found = [
+        ("Standings", scores_table(first), NOTE.format(condition=against.condition or "all pictures")),
+        (f"Differences to {config.against}", gaps_table([gaps(against, others, score) for score in COMPARED]), GAPS),
+    ]
+    kinds = sorted({image["kind"] for image in against.results[0].images})
+    if len(kinds) > 1:
+        found.append(("By kind of prompt", kinds_table(first, kinds), "DINO / CLIP-T."))
+    more = [one for one in standings if one not in first]
+    if more:
+        found.append(("Other conditions", conditions_table(standings), CONDITIONS))
+    found.append(("Costs", costs_table(costs), LEDGER))
+    return found
+
+
+NOTE = (
+    "Means over subjects, with 95 % intervals (subjects drawn again); of several training seeds the mean, and how far "
+    "the seeds lie apart in DINO. Ranks with 95 % intervals. References of the trained methods: {condition}. Copies: "
+    "the share of images that DINO takes for one of the subject's pictures."
+)
+CONDITIONS = "How many references each was given; whole pictures of the subject, or partial ones."
+GAPS = "Paired by subject; p: signs flipped at random, corrected by Holm for the number of methods."
+LEDGER = (
+    "Training: steps with their data, of equal samples. A picture: one at a time, reading the references included; the "
+    "median of three. FLOPs are counted (2 for a multiplication with addition)."
+)
+
+
+def scores_table(first: Sequence[Standing]) -> Table:
+    by = {score: ranks(first, score) for score in COMPARED}
+    head = ["", *(TITLES[score] for score in SCORES), "copies", "rank by DINO", "by CLIP-T", "seeds apart"]
+    rows = []
+    for one in first:
+        cells = [with_interval(list(one.per_subject(score).values())) for score in SCORES]
+        places = [f"{place} [{low}, {high}]" for place, low, high in (by[score][one.name] for score in COMPARED)]
+        apart = short(one.spread("dino")) if len(one.results) > 1 else ""
+        rows.append(("all", [one.name, *cells, f"{one.copied():.1%}", *places, apart]))
+    return Table(head, rows)
+
+
+def with_interval(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    low, high = interval(values)
+    return f"{short(fmean(values))} [{short(low)}, {short(high)}]"
+
+
+def gaps_table(of: Sequence[Sequence[Gap]]) -> Table:
+    head = ["", *(text for score in COMPARED for text in (TITLES[score], "p, Holm"))]
+    rows = []
+    for row in zip(*of, strict=True):
+        cells = [
+            text
+            for gap in row
+            for text in (f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]", f"{gap.p:.4f}")
+        ]
+        rows.append(("all", [row[0].name, *cells]))
+    return Table(head, rows)
+
+
+def kinds_table(first: Sequence[Standing], kinds: Sequence[str]) -> Table:
+    rows = []
+    for one in first:
+        cells = []
+        for kind in kinds:
+            means = [list(one.per_subject(score, kind).values()) for score in COMPARED]
+            cells.append(" / ".join(short(fmean(values)) if values else "" for values in means))
+        rows.append(("all", [one.name, *cells]))
+    return Table(["", *kinds], rows)
+
+
+def conditions_table(standings: Sequence[Standing]) -> Table:
+    rows = [
+        (
+            "all",
+            [one.name, one.condition, *(with_interval(list(one.per_subject(score).values())) for score in COMPARED)],
+        )
+        for one in standings
+        if one.condition
+    ]
+    return Table(["", "references", *(TITLES[score] for score in COMPARED)], rows)
+
+
+def costs_table(costs: Sequence[Mapping[str, Any]]) -> Table:
+    shown = [key for key in COSTS if any(row.get(key) is not None for row in costs)]
+    rows = [("all", [row["method"], *(_cost(row.get(key), COSTS[key][1]) for key in shown)]) for row in costs]
+    return Table(["", *(COSTS[key][0] for key in shown)], rows)
+
+
+def _cost(value: float | None, factor: float) -> str:
+    return "" if value is None else f"{value * factor:,.3g}" if value * factor < 1000 else f"{value * factor:,.0f}"
+
+
+def scatter(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> str:
+    """DINO over what a subject's first picture costs: tuning and drawing."""
+    dino = {one.method: fmean(one.per_subject("dino").values()) for one in reversed(first)}
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="FLOPs until a new subject's first picture", ylabel="DINO (subject)", xscale="log")
+    axes.grid(color="#e5e5e5")
+    axes.margins(0.15)
+    for row in costs:
+        flops = row["flops_per_picture"] + (row.get("tuning_flops") or 0)
+        axes.plot(flops, dino[row["method"]], "o", color="#117755", markersize=5)
+        axes.annotate(row["method"], (flops, dino[row["method"]]), (6, 4), textcoords="offset points", fontsize=9)
+    return svg_of(figure)
+
+
+def figure_of(svg: str) -> Markup:
+    return Markup('<div class="plane">{}</div>').format(Markup(svg))
+
+
+def plane(first: Sequence[Standing]) -> str:
+    """DINO over CLIP-T of all methods."""
+    points = [Point(one.name, {score: list(one.per_subject(score).values()) for score in COMPARED}) for one in first]
+    bounds = first[0].results[0]
+    return plane_svg(points, fixed_of(bounds), ceiling_of(bounds))
+
+
+def markdown(tables: Sequence[tuple[str, Table, str]]) -> str:
+    lines = []
+    for heading, table, note in tables:
+        lines += [f"## {heading}", "", f"| {' | '.join(map(plain, table.head))} |", "|---" * len(table.head) + "|"]
+        lines += [f"| {' | '.join(plain(str(cell)) for cell in cells)} |" for _, cells in table.rows]
+        lines += ["", note, ""]
+    return "\n".join(lines)
+
+
+def numbers(
+    config: Tournament, standings: Sequence[Standing], first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """All that the tables round."""
+    against = next(one for one in first if one.method == config.against)
+    others = [one for one in first if one is not against]
+    return {
+        "hash": against.results[0].hash,
+        "standings": [
+            {
+                **{"method": one.method, "budget": one.budget, "condition": one.condition, "copied": one.copied()},
+                **{score: one.per_subject(score) for score in SCORES},
+            }
+            for one in standings
+        ],
+        "gaps": [asdict(gap) for score in COMPARED for gap in gaps(against, others, score)],
+        "ranks": {score: ranks(first, score) for score in COMPARED},
+        "costs": list(costs),
+    }

@@ -1,0 +1,251 @@
+"""Which commands a tournament is, in which order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pig.commands.tournament.config import Tournament
+from pig.errors import InputError
+
+SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
+CHOSEN, COST = "chosen.json", "cost.json"
+CALLBACK = "--trainer.callbacks+=pig.training.callbacks.Costs"
+COUNTED = (CALLBACK, f"--trainer.callbacks.file=${{run}}/{COST}")  # a tuned subject's run is its folder
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command. name: of its record and its log. words: without `python -m`. resume: a checkpoint that `fit` goes on
+    from where it is there. data: a folder that is linked to where the command looks for `data`."""
+
+    name: str
+    words: tuple[str, ...]
+    resume: Path | None = None
+    data: tuple[Path, Path] | None = None
+
+
+Chain = Sequence[Step]  # one after the other; chains of a stage are independent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that takes part. budget: what its training's length is equal in. folder: of all that is its own."""
+
+    method: str
+    budget: str
+    seed: int
+    folder: Path
+
+    def model(self, config: Tournament) -> str:
+        """As `generate --model` takes it."""
+        method = config.methods[self.method]
+        if method.kind == "base":
+            return config.base
+        if method.kind == "blended":
+            return f"dreamblend:{config.folder() / method.of / 'models'}"
+        return str(self.folder / ("model" if method.kind == "trained" else "models"))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a model is given. words: of `generate`."""
+
+    name: str
+    subjects: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace(", ", "_").replace(" ", "_")
+
+
+def entries(config: Tournament) -> list[Entry]:
+    found = []
+    for name, method in config.methods.items():
+        top = config.folder() / name
+        if method.kind != "trained":
+            found.append(Entry(name, TUNED if method.kind != "base" else "", config.seeds[0], top))
+            continue
+        budgets = [SAMPLES, *([TIME] if config.same_time and name != config.against else [])]
+        found += [Entry(name, budget, seed, top / budget / str(seed)) for budget in budgets for seed in config.seeds]
+    return found
+
+
+def conditions(config: Tournament, entry: Entry) -> list[Condition]:
+    """Those that an entry is drawn in; the first one is the one that all have."""
+    method = config.methods[entry.method]
+    subjects = config.path(config.subjects)
+    if method.kind != "trained":  # tuned on all pictures, or on none
+        return [Condition("", subjects)]
+    of = [(str(count), (f"--references_per_subject={count}",)) for count in config.references]
+    found = [Condition(f"{count} whole", subjects, words) for count, words in of]
+    if entry.budget == TIME:
+        return found[:1]
+    if config.partial:
+        found += [Condition(f"{count} partial", config.path(config.partial), words) for count, words in of]
+    if method.common:
+        words = (*found[0].words, *config.split(method.common))
+        found.append(Condition(f"{found[0].name}, common guidance", subjects, words))
+    return found
+
+
+def data(config: Tournament) -> list[Chain]:
+    return [[Step(f"data/{number}", tuple(config.split(line))) for number, line in enumerate(config.data)]]
+
+
+def trainings(config: Tournament, budget: str) -> list[Chain]:
+    return [
+        [fit(config, one, steps_of(config, one)), export(one)]
+        for one in entries(config)
+        if config.methods[one.method].kind == "trained" and one.budget == budget
+    ]
+
+
+def steps_of(config: Tournament, entry: Entry) -> int:
+    """Of the optimizer: of equal samples, or of equal time by what the methods' first trainings have taken."""
+    method = config.methods[entry.method]
+    told = yaml.safe_load(Path(method.config).read_text(encoding="utf-8"))
+    words = [*config.split(config.fit), *config.split(method.words)]
+    given = [word.partition("=")[2] for word in words if word.startswith("--data.batch_size=")]
+    batch = int(given[-1]) if given else int(told["data"]["init_args"]["batch_size"])
+    if entry.budget == SAMPLES:
+        return max(1, config.samples // batch)
+    costs = {name: cost_of(config.folder() / name / SAMPLES / str(config.seeds[0])) for name in
+             (config.against, entry.method)}  # fmt: skip
+    ours, theirs = (costs[name]["seconds"] / costs[name]["samples"] for name in (config.against, entry.method))
+    return max(1, round(config.samples * ours / theirs / batch))
+
+
+def cost_of(run: Path) -> dict[str, float]:
+    """What a training has cost; see `pig.training.callbacks.Costs`."""
+    try:
+        return json.loads((run / COST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run / COST} is missing or torn: remove {run} and start again") from error
+
+
+def fit(config: Tournament, entry: Entry, steps: int) -> Step:
+    method, run = config.methods[entry.method], entry.folder
+    words = [
+        *("pig.cli", "fit", f"--config={method.config}", f"--run={run}"),
+        *(f"--seed_everything={entry.seed}", f"--data.seed={entry.seed}", f"--trainer.max_steps={steps}"),
+        *config.split(config.fit),
+        *config.split(method.words),
+        *(CALLBACK, f"--trainer.callbacks.file={run / COST}"),
+    ]
+    given = (config.folder() / "data", run / "data")
+    return Step(f"{run.relative_to(config.folder())}/fit", tuple(words), last_checkpoint(run), given)
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Where the configs of all methods have it."""
+    return run / "fit/checkpoints/last.ckpt"
+
+
+def export(entry: Entry) -> Step:
+    words = ("pig.cli", "export", f"--checkpoint={last_checkpoint(entry.folder)}", f"--out={entry.folder / 'model'}")
+    return Step(f"{entry.method}/{entry.budget}/{entry.seed}/export", (*words, "--delta", "--half"))
+
+
+def tunings(config: Tournament) -> list[Chain]:
+    found: list[Chain] = []
+    for one in entries(config):
+        method = config.methods[one.method]
+        if method.kind == "tuned":
+            sets = {"models": config.subjects} | ({"validation": config.validation} if method.trials else {})
+            words = ("pig.cli", "tune", f"--config={method.config}", *config.split(method.words), *COUNTED)
+            found.append(
+                [
+                    Step(
+                        f"{one.method}/tune_{name}",
+                        (*words, f"--subjects={config.path(subjects)}", f"--out={one.folder / name}"),
+                    )
+                    for name, subjects in sets.items()
+                ]
+            )
+    return found
+
+
+def trial_folder(config: Tournament, method: str, number: int) -> Path:
+    return config.folder() / method / "trials" / str(number)
+
+
+def trials(config: Tournament) -> list[Chain]:
+    """Each method's, by the first seed's model, on the validation subjects."""
+    found: list[Chain] = []
+    firsts = {one.method: one for one in reversed(entries(config)) if one.budget != TIME}
+    for name, method in config.methods.items():
+        model = firsts[name].model(config)
+        if method.kind in ("tuned", "blended"):
+            model = model.removesuffix("models") + "validation"
+        condition = Condition("", config.path(config.validation), conditions(config, firsts[name])[0].words)
+        for number, line in enumerate(method.trials):
+            folder = trial_folder(config, name, number)
+            words = (*config.split(method.drawn), *config.split(line))
+            found.append(list(drawn_and_scored(config, model, folder, condition, words, f"{name}, trial {number}")))
+    return found
+
+
+def drawn_and_scored(
+    config: Tournament, model: str, folder: Path, condition: Condition, words: Sequence[str], name: str
+) -> Iterator[Step]:
+    """Images of a model, and their scores: against the benchmark's own pictures, whatever it was given."""
+    step = str(folder.relative_to(config.folder()))
+    images = folder / "images" / condition.slug
+    prompts = [f"--prompts={config.path(config.prompts)}"] if config.prompts else []
+    draw = [f"--model={model}", f"--subjects={condition.subjects}", f"--out={images}", *condition.words, *words]
+    yield Step(f"{step}/draw_{condition.slug}", ("pig.cli", "generate", *draw, *prompts, *config.split(config.drawing)))
+    partial = condition.subjects == config.path(config.partial)
+    subjects = config.path(config.subjects) if partial else condition.subjects
+    told = [f"--images={images}", f"--subjects={subjects}", f"--out={folder / 'scores' / condition.slug}"]
+    score = ("pig.cli", "evaluate", f"--config={config.scorer}", *told, *prompts, f"--name={name}")
+    yield Step(f"{step}/score_{condition.slug}", score)
+
+
+def chosen(config: Tournament, method: str) -> list[str]:
+    """The words of `generate` that a method is drawn with: its own, and those of its best trial."""
+    told = config.methods[method]
+    file = config.folder() / method / CHOSEN
+    best = json.loads(file.read_text(encoding="utf-8"))["words"] if told.trials else []
+    return [*config.split(told.drawn), *best]
+
+
+def drawings(config: Tournament) -> list[Chain]:
+    """All entries under all their conditions, and what a picture of each method costs."""
+    found: list[Chain] = []
+    measured: set[str] = set()
+    for one in entries(config):
+        words, model = chosen(config, one.method), one.model(config)
+        chain: list[Step] = []
+        for condition in conditions(config, one):
+            # What a condition says stands behind, and counts.
+            first = Condition(condition.name, condition.subjects)
+            chain += drawn_and_scored(config, model, one.folder, first, (*words, *condition.words), one.method)
+        if one.method not in measured:
+            measured.add(one.method)
+            told = [f"--model={model}", f"--subjects={config.path(config.subjects)}", *words]
+            steps = [word for word in config.split(config.drawing) if not word.startswith(NOT_FOR_COST)]
+            given = conditions(config, one)[0].words
+            out = f"--out={config.folder() / one.method / 'picture.json'}"
+            chain.append(Step(f"{one.method}/cost", ("pig.cli", "cost", *told, *given, *steps, out)))
+        found.append(chain)
+    return found
+
+
+NOT_FOR_COST = ("--images_per_prompt", "--batch_size", "--seed", "--workers", "--threads", "--reference_cache")
+
+
+def guests(config: Tournament, also: Sequence[Path]) -> list[Chain]:
+    """Folders of images that other programs have made."""
+    found: list[Chain] = []
+    for folder in also:
+        told = [f"--images={folder}", f"--subjects={config.path(config.subjects)}"]
+        out = config.folder() / "also" / folder.resolve().name
+        score = ("pig.cli", "evaluate", f"--config={config.scorer}", *told, f"--out={out}", f"--name={folder.name}")
+        found.append([Step(f"also/{folder.resolve().name}", score)])
+    return found

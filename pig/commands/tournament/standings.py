@@ -1,0 +1,161 @@
+"""What a tournament has found: scores over training seeds, differences, ranks, costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from pig.commands.tournament import plan
+from pig.commands.tournament.config import Tournament
+from pig.evaluation.results import Result
+from pig.evaluation.statistics import holm, interval, sign_flip_p
+
+SCORES = ("dino", "clip_i", "clip_t", "dino_masked", "diversity")
+COMPARED = ("dino", "clip_t")
+DRAWS = 10_000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method with a budget under a condition; `results`: one for each training seed."""
+
+    method: str
+    budget: str
+    condition: str
+    results: tuple[Result, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, equal time" if self.budget == plan.TIME else self.method
+
+    def per_subject(self, score: str, kind: str = "") -> dict[str, float]:
+        """Subject -> its mean over images, then over training seeds. kind: of prompts; all by default."""
+        return mean_of([per_subject(one, score, kind) for one in self.results])
+
+    def spread(self, score: str) -> float:
+        """How far the means of the training seeds lie apart."""
+        means = [fmean(found.values()) for one in self.results if (found := per_subject(one, score))]
+        return max(means) - min(means) if means else 0.0
+
+    def copied(self) -> float:
+        """The share of images that are as good as copies of a photograph."""
+        return fmean(image["copied"] for one in self.results for image in one.images)
+
+
+def per_subject(result: Result, score: str, kind: str = "") -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for image in result.images:
+        if score in image and kind in ("", image["kind"]):
+            found.setdefault(image["subject"], []).append(image[score])
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def mean_of(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of those that all have."""
+    shared = [name for name in each[0] if all(name in one for one in each)]
+    return {name: fmean(one[name] for one in each) for name in shared}
+
+
+def selection(result: Result) -> float:
+    """By which a method's settings are chosen, as its best checkpoint is: the geometric mean of DINO and CLIP-T."""
+    dino, clip_t = (max(0.0, result.scores[name]["mean"]) for name in COMPARED)
+    return (dino * clip_t) ** 0.5
+
+
+def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]:
+    """In the order of the config, each method's conditions one after the other; guests last."""
+    of: dict[tuple[str, str, str], list[Result]] = {}
+    for one in plan.entries(config):
+        for condition in plan.conditions(config, one):
+            result = Result.read(one.folder / "scores" / condition.slug)
+            of.setdefault((one.method, one.budget, condition.name), []).append(result)
+    found = [Standing(*key, tuple(results)) for key, results in of.items()]
+    for folder in guests:
+        result = Result.read(config.folder() / "also" / folder.resolve().name)
+        found.append(Standing(folder.name, "", "", (result,)))
+    return found
+
+
+def main_standings(config: Tournament, standings: Sequence[Standing]) -> list[Standing]:
+    """Of each method and budget the condition that all have: the first one."""
+    firsts: dict[tuple[str, str], Standing] = {}
+    for one in standings:
+        firsts.setdefault((one.method, one.budget), one)
+    return list(firsts.values())
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Of a method to the one that all are compared with, over subjects: mean, 95 % interval, Holm's p."""
+
+    name: str
+    score: str
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def gaps(against: Standing, others: Sequence[Standing], score: str, kind: str = "") -> list[Gap]:
+    """Paired by subject; p corrected for the number of `others`."""
+    base, found = against.per_subject(score, kind), []
+    for other in others:
+        theirs = other.per_subject(score, kind)
+        differences = [theirs[name] - base[name] for name in base if name in theirs]
+        if differences:
+            found.append((other.name, fmean(differences), *interval(differences), sign_flip_p(differences)))
+    p_values = holm([one[-1] for one in found])
+    return [Gap(name, score, mean, low, high, p) for (name, mean, low, high, _), p in zip(found, p_values, strict=True)]
+
+
+def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int, int]]:
+    """Name -> rank by the mean over subjects (1 is the highest), and its 95 % interval, subjects drawn again."""
+    each = [one.per_subject(score) for one in standings]
+    shared = [name for name in each[0] if all(name in one for one in each)]
+    values = np.array([[one[name] for name in shared] for one in each])  # (entries, subjects)
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(shared), (DRAWS, len(shared)))
+    means = np.concatenate([values.mean(1)[:, None], values[:, draws].mean(2)], axis=1)  # (entries, 1 + DRAWS)
+    places = (-means).argsort(0).argsort(0) + 1
+    found = {}
+    for one, place in zip(standings, places, strict=True):
+        low, high = np.percentile(place[1:], [2.5, 97.5], method="nearest")
+        found[one.name] = (int(place[0]), int(low), int(high))
+    return found
+
+
+def ledger(config: Tournament) -> list[dict[str, Any]]:
+    """What each method has cost; None where it does not apply.
+
+    training_*: of the equal-samples training, mean over seeds. tuning_*: of a subject, mean over subjects.
+    """
+    rows = []
+    for name, method in config.methods.items():
+        top = config.folder() / name
+        picture = json.loads((top / "picture.json").read_text(encoding="utf-8"))
+        row: dict[str, Any] = {"method": name, "trained_weights": picture["trained_weights"]}
+        if method.kind == "trained":
+            runs = [plan.cost_of(top / plan.SAMPLES / str(seed)) for seed in config.seeds]
+            row |= training_costs(runs)
+        elif method.kind in ("tuned", "blended"):
+            files = (config.folder() / (method.of or name) / "models").glob(f"*/{plan.COST}")
+            found = training_costs([plan.cost_of(one.parent) for one in sorted(files)])
+            row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
+        rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
+    return rows
+
+
+def training_costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    flops = [one["flops_per_sample"] * one["samples"] for one in runs if one["flops_per_sample"] is not None]
+    return {
+        "training_samples": fmean(one["samples"] for one in runs),
+        "training_seconds": fmean(one["seconds"] for one in runs),
+        "training_flops": fmean(flops) if flops else None,
+        "training_memory_bytes": max(one["peak_memory_bytes"] for one in runs),
+    }

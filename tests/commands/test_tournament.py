@@ -1,0 +1,266 @@
+"""The tournament: what it plans, that it is fair, what it makes of results, and that it goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pig import cli
+from pig.commands.tournament import plan
+from pig.commands.tournament.config import Tournament, load_config
+from pig.commands.tournament.run import claim, is_done, record_of
+from pig.commands.tournament.standings import Standing, gaps, ranks
+from pig.errors import InputError
+from pig.evaluation.results import Result
+
+CONFIG = Path("configs/tournament/toyworld.yaml")
+
+
+def words_of(chains: list[plan.Chain]) -> list[tuple[str, ...]]:
+    return [step.words for chain in chains for step in chain]
+
+
+@pytest.fixture
+def config(tmp_path) -> Tournament:
+    """The toy world's, whose first trainings are done."""
+    told = load_config(CONFIG, [f"out={tmp_path}"])
+    for number, (name, method) in enumerate(told.methods.items()):
+        if method.kind == "trained":
+            run = tmp_path / name / plan.SAMPLES / "0"
+            run.mkdir(parents=True)
+            (run / plan.COST).write_text(json.dumps({"seconds": 100.0 * (number + 1), "samples": 19200}))
+    return told
+
+
+def test_all_are_trained_on_the_same(config) -> None:
+    """The same shards in the same order, the same number of samples, and no setting of the data of one's own."""
+    fits = [words for words in words_of(plan.trainings(config, plan.SAMPLES)) if "fit" in words]
+    assert len(fits) == 4 * 2
+    own = ("--config", "--run", "--trainer.callbacks")
+    for seed in (0, 1):
+        of_seed = [words for words in fits if f"--data.seed={seed}" in words]
+        shared = {tuple(word for word in words if not word.startswith(own)) for words in of_seed}
+        assert len(of_seed) == 4
+        assert shared == {
+            (
+                *("pig.cli", "fit", f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.max_steps=600"),
+                "--trainer.limit_val_batches=0",
+            )
+        }
+
+
+def test_all_are_drawn_and_scored_alike(config) -> None:
+    drawn = [words for words in words_of(plan.drawings(config)) if "generate" in words]
+    own = ("--model", "--out", "--references_per_subject", "--image_guidance")
+    assert len({tuple(word for word in words if not word.startswith(own)) for words in drawn}) == 1
+    scored = [words for words in words_of(plan.drawings(config)) if "evaluate" in words]
+    own = ("--images", "--out", "--name")
+    assert len({tuple(word for word in words if not word.startswith(own)) for words in scored}) == 1
+    assert len(drawn) == len(scored)
+    first = {one.method: plan.conditions(config, one)[0] for one in plan.entries(config)}
+    assert {first[name].words for name in ("bootpig", "ezigen", "instantbooth", "ip_adapter")} == {
+        ("--references_per_subject=1",)
+    }
+
+
+def test_equal_time_is_that_of_the_one_that_all_are_compared_with(config) -> None:
+    steps = {one.method: plan.steps_of(config, one) for one in plan.entries(config) if one.budget == plan.TIME}
+    assert steps == {"ezigen": 300, "instantbooth": 200, "ip_adapter": 150}
+
+
+def test_trials_are_as_many_for_each(config, tmp_path) -> None:
+    some = "[--image_guidance=3, --image_guidance=5]"
+    given = [f"out={tmp_path}", "validation=v", f"methods.bootpig.trials={some}"]
+    with pytest.raises(InputError, match=r"must have the same number, got \[1, 2\]"):
+        load_config(CONFIG, [*given, "methods.ezigen.trials=[--loops=1]"])
+    with pytest.raises(InputError, match="trials need validation"):
+        load_config(CONFIG, [f"out={tmp_path}", f"methods.bootpig.trials={some}"])
+    found = words_of(plan.trials(load_config(CONFIG, given)))
+    assert sum("generate" in words for words in found) == 2
+    assert all("--subjects=v" in words for words in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["methods.bootpig.config=x.yaml"], "methods.bootpig.config: no such file: x.yaml"),
+        (["methods.dreamblend.of=bootpig"], "methods.dreamblend.of: name a tuned method"),
+        (["against=dreambooth"], "name a trained method"),
+        (["against=x"], "against 'x' is none of bootpig"),
+        (["methods.bootpig.kind=x"], "methods.bootpig.kind 'x' is none of trained"),
+        (["samples=0"], "samples and each of references must be at least 1"),
+        (["seeds=[0,0]"], "each number once"),
+        (["sample=3"], "sample"),
+        (["samples=x"], "samples"),
+    ],
+)
+def test_bad_configs(tmp_path, given, message) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(CONFIG, [f"out={tmp_path}", *given])
+
+
+def test_bad_input(tmp_path) -> None:
+    with pytest.raises(InputError, match="no such config"):
+        cli.run(["tournament", str(tmp_path / "none.yaml")])
+    with pytest.raises(InputError, match="--also: no folder"):
+        cli.run(["tournament", str(CONFIG), f"out={tmp_path}", "--also", str(tmp_path / "none")])
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'file'}", "--dry_run"])
+
+
+def test_a_folder_holds_one_tournament(tmp_path) -> None:
+    claim(load_config(CONFIG, [f"out={tmp_path}"]))
+    claim(load_config(CONFIG, [f"out={tmp_path}"]))
+    with pytest.raises(InputError, match="was begun with other settings; now it has `samples: 64`"):
+        claim(load_config(CONFIG, [f"out={tmp_path}", "samples=64"]))
+
+
+def test_a_step_is_done_by_its_own_words(tmp_path) -> None:
+    step = plan.Step("a/fit", ("pig.cli", "fit"))
+    assert not is_done(tmp_path, step)
+    record_of(tmp_path, step).parent.mkdir(parents=True)
+    record_of(tmp_path, step).write_text(json.dumps({"words": ["pig.cli", "fit"]}))
+    assert is_done(tmp_path, step)
+    with pytest.raises(InputError, match="a/fit was done with other words, now it has --x"):
+        is_done(tmp_path, plan.Step("a/fit", ("pig.cli", "fit", "--x")))
+
+
+def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
+    cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'out'}", "--dry_run"])
+    said = capsys.readouterr().out
+    assert "python -m data_gen subjects" in said
+    assert said.count("python -m pig.cli fit") == 8
+    assert not (tmp_path / "out").exists()
+
+
+# -- what is made of results ------------------------------------------------------------------------------------------
+
+
+def result_of(name: str, dino: dict[str, list[float]], kind: str = "scene") -> Result:
+    images = [
+        {"subject": subject, "prompt_index": 0, "seed": str(seed), "dino": value, "clip_t": 0.5, "kind": kind,
+         "copied": seed == 1}
+        for subject, values in dino.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    return Result("dreambooth", "0", name, {}, {}, {}, {}, images, {}, [], [], "", {})
+
+
+def standing(name: str, *each: list[float]) -> Standing:
+    """Of 12 subjects with an image of each training seed's value, and a second one .2 above it."""
+    results = tuple(
+        result_of(name, {f"s{at}": [value, value + 0.2] for at, value in enumerate(values)}) for values in each
+    )
+    return Standing(name, "", "", results)
+
+
+LOW = [0.3 + 0.01 * at for at in range(12)]
+
+
+def test_means_are_over_images_then_training_seeds() -> None:
+    one = standing("a", LOW, [value + 0.2 for value in LOW])
+    assert one.per_subject("dino")["s0"] == pytest.approx(0.3 + 0.1 + 0.1)
+    assert one.per_subject("dino", "property") == {}
+    assert one.spread("dino") == pytest.approx(0.2)
+    assert one.copied() == 0.5
+
+
+def test_differences_are_paired_and_corrected() -> None:
+    base, same, more = standing("base", LOW), standing("same", LOW), standing("more", [x + 0.1 for x in LOW])
+    found = {gap.name: gap for gap in gaps(base, [same, more], "dino")}
+    assert found["same"].mean == 0
+    assert found["same"].p == 1
+    assert found["more"].mean == pytest.approx(found["more"].low) == pytest.approx(0.1)
+    assert found["more"].p < 0.01
+    alone = gaps(base, [more], "dino")[0]
+    assert found["more"].p == pytest.approx(2 * alone.p)  # Holm, of two
+
+
+def test_ranks_know_what_they_do_not_know() -> None:
+    best, low = standing("best", [x + 0.2 for x in LOW]), standing("low", LOW)
+    near = standing("near", [x + (0.02 if at % 2 else -0.02) for at, x in enumerate(LOW)])
+    found = ranks([low, best, near], "dino")
+    assert found["best"] == (1, 1, 1)
+    assert found["low"][1:] == found["near"][1:] == (2, 3)
+
+
+# -- the whole of it --------------------------------------------------------------------------------------------------
+
+SHORT = "--trainer.max_steps=2 --model.save_at=[1] --data.prior.count=2 --data.prior.steps=1"
+TINY = """
+out: {out}
+data:
+  - data_gen triplets --out {{out}}/data/triplets --count 96
+  - data_gen triplets --out {{out}}/data/val --count 8 --first_seed 1100000000
+  - data_gen subjects --out {{out}}/data/subjects --count 2
+  - data_gen subjects --out {{out}}/data/validation --count 1
+subjects: "{{out}}/data/subjects"
+validation: "{{out}}/data/validation"
+partial: "{{out}}/data/subjects"
+prompts: {prompts}
+base: base:toyworld
+scorer: configs/evaluation/toyworld.yaml
+samples: 64
+seeds: [0, 1]
+references: [1]
+fit: --trainer.limit_val_batches=0 --trainer.precision=32-true
+drawing: --steps=2 --images_per_prompt=2
+methods:
+  bootpig: {{config: configs/bootpig/toyworld.yaml, trials: [--image_guidance=2, --image_guidance=3],
+    common: --image_guidance=3}}
+  ezigen: {{config: configs/ezigen/toyworld.yaml}}
+  dreambooth: {{kind: tuned, config: configs/dreambooth/toyworld.yaml, words: "{short} --data.prior.folder={{out}}/cp"}}
+  dreamblend: {{kind: blended, of: dreambooth}}
+  base: {{kind: base}}
+"""
+
+
+def scores(out: Path) -> dict[str, object]:
+    """All numbers but those that were measured by a clock."""
+    told = json.loads((out / "tournament.json").read_text())
+    return {"gaps": told["gaps"], "ranks": told["ranks"], "standings": told["standings"]}
+
+
+@pytest.mark.slow
+def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
+    """Equal times differ from run to run, so they are left out here."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a {0} {1}, on a beach\na red {0} {1}\n")
+    outs = [tmp_path / name for name in ("whole", "killed")]
+    for out in outs:
+        file = tmp_path / f"{out.name}.yaml"
+        file.write_text(TINY.format(out=out, prompts=prompts, short=SHORT))
+        command = [sys.executable, "-W", "ignore", "-m", "pig.cli", "tournament", str(file), "same_time=false"]
+        for _ in range(3 if out.name == "killed" else 0):
+            records = len(list((out / "records").rglob("*.json"))) if out.exists() else 0
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+            deadline = time.monotonic() + 600
+            while len(list((out / "records").rglob("*.json"))) < records + 5 and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.2)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(3)  # for what it has started to end
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert scores(outs[0]) == scores(outs[1])
+    page = (outs[0] / "report.html").read_text()
+    for heading in ("Standings", "Differences to bootpig", "By kind of prompt", "Other conditions", "Costs"):
+        assert heading in page
+    told = json.loads((outs[0] / "tournament.json").read_text())
+    costs = {row["method"]: row for row in told["costs"]}
+    assert costs["bootpig"]["training_samples"] == 64
+    assert costs["dreamblend"]["tuning_flops"] == costs["dreambooth"]["tuning_flops"] > 0
+    assert costs["base"]["trained_weights"] == 0
+    assert costs["bootpig"]["flops_per_picture"] > costs["base"]["flops_per_picture"] > 0
+    assert json.loads((outs[0] / "bootpig/chosen.json").read_text())["words"][0].startswith("--image_guidance=")
+    assert re.search(r"\| bootpig \| 1 partial \|", (outs[0] / "tournament.md").read_text())
