@@ -127,8 +127,8 @@ def settings_from(kind: type[Settings], file: Path, overrides: Sequence[str]) ->
     except InputError:
         raise
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None)
-        raise InputError(f"{file}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
+        where = getattr(error, "full_key", None)
+        raise InputError(f"{file}: {f'{where}: ' if where else ''}{str(error).splitlines()[0]}") from error
     assert isinstance(found, kind)
     return found
 

@@ -166,15 +166,18 @@ class ProgressBar(RichProgressBar):
 
 
 class Costs(Callback):
-    """Write into a JSON file what a training has cost: the number of trained weights, samples, seconds, FLOPs, memory.
+    """Write what a training has cost into `cost.json` in the trainer's `default_root_dir`: the number of trained
+    weights, samples, seconds, FLOPs, memory.
 
     `seconds` are those of the steps and their data, without validation and checkpoints; a resumed run goes on counting.
     `flops_per_sample` are counted in the first step, with all that it does (`pig.costs`); null for a compiled model,
     which the counter does not see.
     """
 
-    def __init__(self, file: str) -> None:
-        self.file, self.seconds, self.samples = Path(file), 0.0, 0
+    file = "cost.json"
+
+    def __init__(self) -> None:
+        self.seconds, self.samples = 0.0, 0
         self.flops: float | None = None
         self._since, self._counter = 0.0, ExitStack()
 
@@ -211,7 +214,7 @@ class Costs(Callback):
                 "peak_memory_bytes": peak_memory(),
                 "machine": machine(),
             }
-            write_text(self.file, json.dumps(told, indent=1) + "\n")
+            write_text(Path(trainer.default_root_dir) / self.file, json.dumps(told, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "samples": self.samples}

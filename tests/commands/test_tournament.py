@@ -34,7 +34,7 @@ def config(tmp_path) -> Tournament:
     told = load_config(CONFIG, [f"out={tmp_path}"])
     for number, (name, method) in enumerate(told.methods.items()):
         if method.kind == "trained":
-            run = tmp_path / name / plan.SAMPLES / "0"
+            run = tmp_path / name / plan.SAMPLES / "0" / "fit"  # its default_root_dir
             run.mkdir(parents=True)
             (run / plan.COST).write_text(json.dumps({"seconds": 100.0 * (number + 1), "samples": 19200}))
     return told

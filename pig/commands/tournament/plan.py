@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pig.commands.tournament.config import Tournament
+from pig.commands.tournament.config import Method, Tournament
 from pig.errors import InputError
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
 CHOSEN, COST = "chosen.json", "cost.json"
-CALLBACK = "--trainer.callbacks+=pig.training.callbacks.Costs"
-COUNTED = (CALLBACK, f"--trainer.callbacks.file=${{run}}/{COST}")  # a tuned subject's run is its folder
+COUNTED = "--trainer.callbacks+=pig.training.callbacks.Costs"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def data(config: Tournament) -> list[Chain]:
 
 def trainings(config: Tournament, budget: str) -> list[Chain]:
     return [
-        [fit(config, one, steps_of(config, one)), export(one)]
+        [fit(config, one, steps_of(config, one)), export(config, one)]
         for one in entries(config)
         if config.methods[one.method].kind == "trained" and one.budget == budget
     ]
@@ -109,24 +109,35 @@ def trainings(config: Tournament, budget: str) -> list[Chain]:
 def steps_of(config: Tournament, entry: Entry) -> int:
     """Of the optimizer: of equal samples, or of equal time by what the methods' first trainings have taken."""
     method = config.methods[entry.method]
-    told = yaml.safe_load(Path(method.config).read_text(encoding="utf-8"))
+    told = read_yaml(method.config)
     words = [*config.split(config.fit), *config.split(method.words)]
     given = [word.partition("=")[2] for word in words if word.startswith("--data.batch_size=")]
     batch = int(given[-1]) if given else int(told["data"]["init_args"]["batch_size"])
     if entry.budget == SAMPLES:
         return max(1, config.samples // batch)
-    costs = {name: cost_of(config.folder() / name / SAMPLES / str(config.seeds[0])) for name in
-             (config.against, entry.method)}  # fmt: skip
-    ours, theirs = (costs[name]["seconds"] / costs[name]["samples"] for name in (config.against, entry.method))
+    ours, theirs = (
+        seconds_per_sample(cost_of(config.methods[name], config.folder() / name / SAMPLES / str(config.seeds[0])))
+        for name in (config.against, entry.method)
+    )
     return max(1, round(config.samples * ours / theirs / batch))
 
 
-def cost_of(run: Path) -> dict[str, float]:
-    """What a training has cost; see `pig.training.callbacks.Costs`."""
+def seconds_per_sample(cost: Mapping[str, Any]) -> float:
+    return cost["seconds"] / cost["samples"]
+
+
+def cost_of(method: Method, run: Path) -> dict[str, Any]:
+    """What a training, or the tuning of a subject, has cost; see `pig.training.callbacks.Costs`."""
+    told = read_yaml(method.config)
+    file = Path(told["trainer"]["default_root_dir"].replace("${run}", str(run))) / COST
     try:
-        return json.loads((run / COST).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{run / COST} is missing or torn: remove {run} and start again") from error
+        raise InputError(f"{file} is missing or torn: remove {run} and start again") from error
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
 
 
 def fit(config: Tournament, entry: Entry, steps: int) -> Step:
@@ -136,20 +147,30 @@ def fit(config: Tournament, entry: Entry, steps: int) -> Step:
         *(f"--seed_everything={entry.seed}", f"--data.seed={entry.seed}", f"--trainer.max_steps={steps}"),
         *config.split(config.fit),
         *config.split(method.words),
-        *(CALLBACK, f"--trainer.callbacks.file={run / COST}"),
+        COUNTED,
     ]
     given = (config.folder() / "data", run / "data")
-    return Step(f"{run.relative_to(config.folder())}/fit", tuple(words), last_checkpoint(run), given)
+    return Step(f"{run.relative_to(config.folder())}/fit", tuple(words), last_checkpoint(method, run), given)
 
 
-def last_checkpoint(run: Path) -> Path:
-    """Where the configs of all methods have it."""
-    return run / "fit/checkpoints/last.ckpt"
+def last_checkpoint(method: Method, run: Path) -> Path:
+    """Where the method's config has it.
+
+    Raises:
+        InputError: it keeps none.
+    """
+    told = read_yaml(method.config)
+    for callback in told["trainer"].get("callbacks", ()):
+        given = callback.get("init_args", {})
+        if given.get("save_last"):
+            return Path(given["dirpath"].replace("${run}", str(run))) / "last.ckpt"
+    raise InputError(f"{method.config} keeps no last checkpoint: give its ModelCheckpoint save_last: true")
 
 
-def export(entry: Entry) -> Step:
-    words = ("pig.cli", "export", f"--checkpoint={last_checkpoint(entry.folder)}", f"--out={entry.folder / 'model'}")
-    return Step(f"{entry.method}/{entry.budget}/{entry.seed}/export", (*words, "--delta", "--half"))
+def export(config: Tournament, entry: Entry) -> Step:
+    checkpoint = last_checkpoint(config.methods[entry.method], entry.folder)
+    words = ("pig.cli", "export", f"--checkpoint={checkpoint}", f"--out={entry.folder / 'model'}", "--delta", "--half")
+    return Step(f"{entry.method}/{entry.budget}/{entry.seed}/export", words)
 
 
 def tunings(config: Tournament) -> list[Chain]:
@@ -158,7 +179,7 @@ def tunings(config: Tournament) -> list[Chain]:
         method = config.methods[one.method]
         if method.kind == "tuned":
             sets = {"models": config.subjects} | ({"validation": config.validation} if method.trials else {})
-            words = ("pig.cli", "tune", f"--config={method.config}", *config.split(method.words), *COUNTED)
+            words = ("pig.cli", "tune", f"--config={method.config}", *config.split(method.words), COUNTED)
             found.append(
                 [
                     Step(

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament, load_config
+from pig.commands.tournament.estimate import estimate
 from pig.commands.tournament.page import write_pages
 from pig.commands.tournament.plan import Chain, Step
 from pig.commands.tournament.standings import selection
@@ -26,6 +27,7 @@ from pig.errors import InputError, check_ranges
 from pig.evaluation.results import Result
 from pig.executors import ExecutorName, execute
 from pig.files import check_folder, locked, make_folder, read_json, write_text
+from pig.models.names import TOYWORLD
 from pig.processes import die_with_parent
 
 SETTINGS, RECORDS, LOGS = "tournament.yaml", "records", "logs"
@@ -112,6 +114,11 @@ def print_plan(config: Tournament, guests: Sequence[Path]) -> None:
     drawn = sum(len(plan.conditions(config, one)) for one in plan.entries(config))
     table.add_row("drawing and scoring", f"{2 * drawn + len(config.methods) + len(guests)}")
     console.print(table)
+    if config.base != f"base:{TOYWORLD}":
+        sizes = Table("", "", title="at full size", show_header=False)
+        for row in estimate(config):
+            sizes.add_row(*row)
+        console.print(sizes)
     for chains in stages.values():
         for chain in chains:
             for step in chain:

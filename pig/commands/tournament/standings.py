@@ -141,11 +141,12 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
         picture = json.loads((top / "picture.json").read_text(encoding="utf-8"))
         row: dict[str, Any] = {"method": name, "trained_weights": picture["trained_weights"]}
         if method.kind == "trained":
-            runs = [plan.cost_of(top / plan.SAMPLES / str(seed)) for seed in config.seeds]
+            runs = [plan.cost_of(method, top / plan.SAMPLES / str(seed)) for seed in config.seeds]
             row |= training_costs(runs)
         elif method.kind in ("tuned", "blended"):
-            files = (config.folder() / (method.of or name) / "models").glob(f"*/{plan.COST}")
-            found = training_costs([plan.cost_of(one.parent) for one in sorted(files)])
+            tuned = config.methods[method.of] if method.of else method
+            subjects = sorted((config.folder() / (method.of or name) / "models").glob("*/step-*"))
+            found = training_costs([plan.cost_of(tuned, one) for one in dict.fromkeys(one.parent for one in subjects)])
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
         rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
     return rows
