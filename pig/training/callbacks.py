@@ -1,11 +1,7 @@
-"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, what a training costs, images of
-`predict`."""
+"""Lightning callbacks: EMA of the trainable weights, scores and samples at validation, images of `predict`."""
 
 from __future__ import annotations
 
-import json
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from pig.costs import machine, peak_memory
 from pig.data.grids import grid
 from pig.data.images import Job, save_generated
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.evaluation.metrics import SubjectScores
-from pig.files import write_text
 from pig.models.encoders import load_clip, load_dino
 from pig.training.module import PersonalisationModule
 
@@ -163,64 +156,6 @@ class ProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         """Without the last epoch's number, which is -2 where steps end the run."""
         return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
-
-
-class Costs(Callback):
-    """Write what a training has cost into `cost.json` in the trainer's `default_root_dir`: the number of trained
-    weights, samples, seconds, FLOPs, memory.
-
-    `seconds` are those of the steps and their data, without validation and checkpoints; a resumed run goes on counting.
-    `flops_per_sample` are counted in the first step, with all that it does (`pig.costs`); null for a compiled model,
-    which the counter does not see.
-    """
-
-    file = "cost.json"
-
-    def __init__(self) -> None:
-        self.seconds, self.samples = 0.0, 0
-        self.flops: float | None = None
-        self._since, self._counter = 0.0, ExitStack()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.flops is None and not pl_module.hparams.get("compile"):
-            counter = self._counter.enter_context(FlopCounterMode(display=False))
-            self._counter.callback(lambda: self._count(counter.get_total_flops() / len(batch.keys)))
-
-    def _count(self, flops: float) -> None:
-        self.flops = flops
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, PersonalisationModule)
-        self._counter.close()
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self.samples += pl_module.global_batch()
-        self._since = now
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            told = {
-                "trained_weights": sum(weight.numel() for weight in _trainable(pl_module).values()),
-                **self.state_dict(),
-                "flops_per_sample": self.flops,
-                "peak_memory_bytes": peak_memory(),
-                "machine": machine(),
-            }
-            write_text(Path(trainer.default_root_dir) / self.file, json.dumps(told, indent=1) + "\n")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "samples": self.samples}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seconds, self.samples = state["seconds"], state["samples"]
 
 
 class SaveImages(Callback):

@@ -17,7 +17,7 @@ from pig.costs import flops_of
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.models.names import TOYWORLD
-from pig.training.memory import blank_batch, nothing_dropped, on_meta
+from pig.training.costs import flops_per_sample
 from pig.training.module import PersonalisationModule
 
 # Dense bf16 TFLOP/s by the makers' data sheets, and the share of it that trainings of such UNets reach.
@@ -52,19 +52,10 @@ def passes_of(method: Method) -> float | None:
     path, _, name = told["model"]["class_path"].rpartition(".")
     module: PersonalisationModule = getattr(import_module(path), name)(**told["model"]["init_args"])
     pictures: Any = SimpleNamespace(resolution=told["data"]["init_args"]["resolution"], encoded=lambda: [None])
-    _ = module.encoders_digest  # of the weights themselves
-    with on_meta(module):
-        batch = blank_batch(module, pictures, 1)
-
-        def step() -> None:
-            loss = module.losses(batch, training=True)[0].mean()
-            loss.backward()
-
-        with nothing_dropped(module):
-            of_step = flops_of(step)
+    of_sample = flops_per_sample(module, pictures)
     with torch.device("meta"):
         unit = unet_flops(UNet2DConditionModel.from_config(module.backbone.unet.config))
-    return of_step / unit
+    return of_sample / unit
 
 
 def hub_ids(config: Tournament) -> list[str]:

@@ -15,7 +15,7 @@ from pig.errors import InputError
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
 CHOSEN, COST = "chosen.json", "cost.json"
-COUNTED = "--trainer.callbacks+=pig.training.callbacks.Costs"
+COUNTED = "--trainer.callbacks+=pig.training.costs.Costs"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def seconds_per_sample(cost: Mapping[str, Any]) -> float:
 
 
 def cost_of(method: Method, run: Path) -> dict[str, Any]:
-    """What a training, or the tuning of a subject, has cost; see `pig.training.callbacks.Costs`."""
+    """What a training, or the tuning of a subject, has cost; see `pig.training.costs.Costs`."""
     told = read_yaml(method.config)
     file = Path(told["trainer"]["default_root_dir"].replace("${run}", str(run))) / COST
     try:

@@ -153,10 +153,9 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
 
 
 def training_costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    flops = [one["flops_per_sample"] * one["samples"] for one in runs if one["flops_per_sample"] is not None]
     return {
         "training_samples": fmean(one["samples"] for one in runs),
         "training_seconds": fmean(one["seconds"] for one in runs),
-        "training_flops": fmean(flops) if flops else None,
+        "training_flops": fmean(one["flops_per_sample"] * one["samples"] for one in runs),
         "training_memory_bytes": max(one["peak_memory_bytes"] for one in runs),
     }

@@ -1,0 +1,71 @@
+"""What a training costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pig.costs import flops_of, machine, peak_memory
+from pig.data.modules import PersonalisationData
+from pig.files import write_text
+from pig.training.memory import blank_batch, nothing_dropped, on_meta
+from pig.training.module import PersonalisationModule
+
+
+def flops_per_sample(module: PersonalisationModule, data: PersonalisationData) -> int:
+    """Of a sample's forward and backward passes and its encoding; counted on the meta device, nothing is computed."""
+    _ = module.encoders_digest  # of the weights themselves
+    with on_meta(module), nothing_dropped(module), torch.compiler.set_stance("force_eager"):
+        batch = blank_batch(module, data, 1)
+        return flops_of(lambda: module.losses(batch, training=True)[0].mean().backward())
+
+
+class Costs(Callback):
+    """Write what a training has cost into `cost.json` in the trainer's `default_root_dir`: the number of trained
+    weights, samples, seconds, FLOPs, memory.
+
+    `seconds` are those of the steps and their data, without validation and checkpoints; a resumed run goes on counting.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.samples, self._since = 0.0, 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PersonalisationModule)
+        self.flops = flops_per_sample(pl_module, trainer.datamodule)
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PersonalisationModule)
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self.samples += pl_module.global_batch()
+        self._since = now
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PersonalisationModule)
+        if trainer.is_global_zero:
+            told = {
+                "trained_weights": sum(weight.numel() for weight in pl_module.trainable().values()),
+                **self.state_dict(),
+                "flops_per_sample": self.flops,
+                "peak_memory_bytes": peak_memory(),
+                "machine": machine(),
+            }
+            write_text(Path(trainer.default_root_dir) / "cost.json", json.dumps(told, indent=1) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.samples = state["seconds"], state["samples"]

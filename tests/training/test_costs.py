@@ -1,0 +1,75 @@
+"""What training and drawing cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUIET
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pig import cli
+from pig.costs import flops_of
+from pig.data.modules import TripletDataModule
+from pig.errors import InputError
+from pig.methods.bootpig import BootPIG
+from pig.training.costs import Costs
+
+
+def fit(toy_data: Path, out: Path, steps: int, *, callbacks: list[Any], **more: Any) -> BootPIG:
+    module = BootPIG("toyworld")
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0, seed=0)
+    keep = ModelCheckpoint(out, save_last=True, save_top_k=0, every_n_train_steps=1)
+    told = {**QUIET, "enable_checkpointing": True, "callbacks": [*callbacks, keep], "default_root_dir": out}
+    Trainer(max_steps=steps, **told).fit(module, data, **more)
+    return module
+
+
+def test_what_a_training_costs(toy_data, tmp_path) -> None:
+    module = fit(toy_data, tmp_path, 2, callbacks=[Costs()])
+    first = json.loads((tmp_path / "cost.json").read_text())
+    assert first["samples"] == 4
+    assert first["trained_weights"] == sum(weight.numel() for weight in module.trainable().values())
+    unet = module.backbone.unet
+    forward = flops_of(lambda: unet(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 77, unet.config.cross_attention_dim)))
+    assert 4 < first["flops_per_sample"] / forward < 10  # two UNets, forward and backward; the frozen one's weights not
+    assert first["seconds"] > 0
+    fit(toy_data, tmp_path, 3, callbacks=[Costs()], ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    resumed = json.loads((tmp_path / "cost.json").read_text())
+    assert resumed["samples"] == 6
+    assert resumed["seconds"] > first["seconds"]
+    assert resumed["flops_per_sample"] == first["flops_per_sample"]
+
+
+def test_counting_changes_no_weight(toy_data, tmp_path) -> None:
+    counted, plain = (
+        fit(toy_data, tmp_path / name, 1, callbacks=callbacks).trainable()
+        for name, callbacks in (("counted", [Costs()]), ("plain", []))
+    )
+    assert all(torch.equal(counted[name], weight) for name, weight in plain.items())
+
+
+def test_what_a_picture_costs(toy_data, tmp_path, capsys) -> None:
+    found = {}
+    for name, references in (("base:toyworld", 0), ("toyworld", 1), ("toyworld", 3)):
+        out = tmp_path / f"{references}.json"
+        given = ["--subjects", str(toy_data / "subjects"), "--steps=2", "--repeats=1", f"--out={out}"]
+        count = [f"--references_per_subject={references}"] if references else []
+        cli.run(["cost", f"--model={name}", *given, *count])
+        found[references] = json.loads(out.read_text())
+        assert found[references]["references"] == references
+    assert "seconds_per_picture" in capsys.readouterr().out
+    flops = [found[count]["flops_per_picture"] for count in (0, 1, 3)]
+    assert flops == sorted(flops)
+    assert flops[0] < flops[1] < flops[2]
+    assert found[0]["trained_weights"] == 0 < found[1]["trained_weights"] < found[1]["weights"]
+    assert found[0]["disk_bytes"] is None
+    assert found[1]["disk_bytes"] > 10**6
+    with pytest.raises(InputError, match="is a folder: give a file such as cost.json"):
+        cli.run(["cost", *given[:2], f"--out={tmp_path}"])
+    with pytest.raises(InputError, match="--repeats"):
+        cli.run(["cost", *given[:2], "--repeats=0"])
