@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"no checkpoint file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{path} is no checkpoint, or a torn one: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the bytes of a torn pickle make of it
+        raise InputError(
+            f"{path} is no checkpoint, or a torn one: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     if not isinstance(state, dict):
         raise InputError(f"{path} is no checkpoint of fit")
     return state

@@ -319,7 +319,8 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
     for folder, file in ((no_tokens, "tokenizer.json"), (no_limit, "tokenizer_config.json")):
         embedded().save_pretrained(folder)
         (folder / "tokenizer" / file).unlink()
-    strip = tmp_path / "strip.png"
+    strip, unnamed = tmp_path / "strip.png", tmp_path / "sam.pth"
+    unnamed.touch()
     noisy.resize((300, 2)).save(strip)
     one = ["--references", str(picture), "--prompt", "a mug"]
     for arguments, message in [
@@ -333,13 +334,13 @@ def test_bad_input_has_its_own_message_and_code_2(few, tmp_path, monkeypatch, ca
         ([*one, "--segmenter", "sam", "--box", "1", "2", "3"], "a box is 4 numbers"),
         ([*one, "--segmenter", "sam", "--box", "1", "2", "300", "4"], "lies outside of the picture (64x64)"),
         ([*one, "--segmenter", "sam", "--sam", str(tmp_path / "no.pth")], "there is no SAM"),
-        ([*one, "--segmenter", "sam", "--sam", str(torn)], "the name of a SAM file must say"),
+        ([*one, "--segmenter", "sam", "--sam", str(unnamed)], "the name of a SAM file must say"),
         ([*one, "--segmenter", "u2"], "segmenter"),
         ([*one, "--segmenter", "sam", "--box", "30", "30", "9", "9"], "x0 < x1"),
         (["--references", str(strip), "--prompt", "a", "--segmenter", "sam"], "in a strip of 300x2"),
         ([*one, "--steps", "2000", "--scheduler", "ddim"], "num_inference_steps must be between 1 and 1000"),
         ([*one, "--reference_cache", "-1"], "reference_cache must be between"),
-        ([*one, "--out", str(picture / "below")], "cannot write into"),
+        ([*one, "--out", str(picture / "below")], "is a file, not a folder"),
         ([*one, "--model", str(no_tokens)], "a file is missing in tokenizer/"),
         ([*one, "--model", str(no_limit)], "a file is missing in tokenizer/"),
         ([*one, "--point", "1", "2"], "is for the segmenter `sam`"),

@@ -17,7 +17,7 @@ from transformers import (
 
 from data_gen import images
 from data_gen.captions import make_captions
-from data_gen.config import ImagesConfig, load_config, settle
+from data_gen.config import ImagesConfig, load_config
 from data_gen.run import generate
 from data_gen.samples import Sample, read_lines, write_samples
 from data_gen.shards import ShardMaker
@@ -69,21 +69,6 @@ def test_what_the_machine_lacks_is_said_before_any_work(tmp_path, overrides, mes
     with pytest.raises(InputError, match=message):
         generate(config_for(tmp_path, *overrides))
     assert not (tmp_path / "work").exists()
-
-
-def test_an_output_of_another_config_is_refused(made, tmp_path) -> None:
-    with pytest.raises(InputError, match=r"another config(.|\n)*images\.steps: 3 -> 4"):
-        generate(config_for(made, "images.steps=4"))
-    wrong_model = config_for(tmp_path, "images.model=/no/such/model")
-    with pytest.raises(InputError, match="cannot load images"):
-        generate(wrong_model)
-    with pytest.raises(InputError, match=r"captions of another config(.|\n)*captions\.count: 9 -> 8"):
-        generate(config_for(tmp_path, "captions.count=8"))
-    settle(config_for(tmp_path))  # nothing was made of the wrong model: it may be corrected
-    (tmp_path / "datagen.yaml").unlink()
-    (tmp_path / "train-000000.tar").touch()
-    with pytest.raises(InputError, match="of another origin"):
-        generate(config_for(tmp_path))
 
 
 def test_exit_codes_of_the_command(tmp_path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from data_gen import captions, masks, quality
 from data_gen.__main__ import run
 from data_gen.captions import Caption, make_captions
+from data_gen.config import settle
 from data_gen.inspect import inspect_shards
 from data_gen.run import complete, dry_run, generate, work
 from data_gen.samples import Sample, read_lines, write_samples
@@ -51,6 +52,21 @@ def test_a_finished_output_is_not_overwritten_by_a_stage_alone(made, tmp_path) -
         run(["captions", str(CONFIG), f"output={made}", "captions.count=4"])
     with pytest.raises(InputError, match="not for one stage"):
         run(["images", str(CONFIG), str(tmp_path), "--dry-run"])
+
+
+def test_an_output_of_another_config_is_refused(made, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"another config(.|\n)*images\.steps: 3 -> 4"):
+        generate(config_for(made, "images.steps=4"))
+    wrong_model = config_for(tmp_path, "images.model=/no/such/model")
+    with pytest.raises(InputError, match="cannot load images"):
+        generate(wrong_model)
+    with pytest.raises(InputError, match=r"captions of another config(.|\n)*captions\.count: 9 -> 8"):
+        generate(config_for(tmp_path, "captions.count=8"))
+    settle(config_for(tmp_path))  # nothing was made of the wrong model: it may be corrected
+    (tmp_path / "datagen.yaml").unlink()
+    (tmp_path / "train-000000.tar").touch()
+    with pytest.raises(InputError, match="of another origin"):
+        generate(config_for(tmp_path))
 
 
 def test_an_output_that_cannot_be_made_is_said(tmp_path) -> None:

@@ -125,7 +125,9 @@ def test_loops_against_the_paper_written_plainly(pipe, cutouts, scheduler) -> No
     torch.testing.assert_close(found, latents, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("what", ["one pass, transfer everywhere", "layout 60 %, one pass"])
+@pytest.mark.parametrize(
+    "what", ["one pass, transfer everywhere", pytest.param("layout 60 %, one pass", marks=pytest.mark.slow)]
+)
 def test_the_benchmarks_naive_way_draws_the_same(pipe, cutouts, what) -> None:
     """`benchmarks/ezigen.py` keeps the release's way, image by image."""
     told = {"class_noun": "mug", "text_guidance": bench.GUIDANCE, "num_inference_steps": 5, "output_type": "pt"}

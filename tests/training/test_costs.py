@@ -45,6 +45,7 @@ def test_what_a_training_costs(toy_data, tmp_path) -> None:
     assert resumed["flops_per_sample"] == first["flops_per_sample"]
 
 
+@pytest.mark.slow
 def test_counting_changes_no_weight(toy_data, tmp_path) -> None:
     counted, plain = (
         fit(toy_data, tmp_path / name, 1, callbacks=callbacks).trainable()

@@ -51,7 +51,7 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     """`report.html`, `tournament.md` and `tournament.json` in the tournament's folder."""
     standings = read_standings(config, guests)
     first = main_standings(config, standings)
-    check_alike([one.results[0] for one in first])  # the same networks, protocol, subjects and prompts
+    check_alike([result for one in standings for result in one.results])  # networks, protocol, subjects, prompts
     costs = ledger(config)
     tables = all_tables(config, standings, first, costs)
     results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])

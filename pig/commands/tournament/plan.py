@@ -178,7 +178,8 @@ def tunings(config: Tournament) -> list[Chain]:
     for one in entries(config):
         method = config.methods[one.method]
         if method.kind == "tuned":
-            sets = {"models": config.subjects} | ({"validation": config.validation} if method.trials else {})
+            tried = method.trials or any(other.of == one.method and other.trials for other in config.methods.values())
+            sets = {"models": config.subjects} | ({"validation": config.validation} if tried else {})
             words = ("pig.cli", "tune", f"--config={method.config}", *config.split(method.words), COUNTED)
             found.append(
                 [
@@ -218,14 +219,19 @@ def drawn_and_scored(
     """Images of a model, and their scores: against the benchmark's own pictures, whatever it was given."""
     step = str(folder.relative_to(config.folder()))
     images = folder / "images" / condition.slug
-    prompts = [f"--prompts={config.path(config.prompts)}"] if config.prompts else []
-    draw = [f"--model={model}", f"--subjects={condition.subjects}", f"--out={images}", *condition.words, *words]
+    prompts = prompts_of(config)
+    # What the condition says stands behind the method's own words, and counts.
+    draw = [f"--model={model}", f"--subjects={condition.subjects}", f"--out={images}", *words, *condition.words]
     yield Step(f"{step}/draw_{condition.slug}", ("pig.cli", "generate", *draw, *prompts, *config.split(config.drawing)))
     partial = condition.subjects == config.path(config.partial)
     subjects = config.path(config.subjects) if partial else condition.subjects
     told = [f"--images={images}", f"--subjects={subjects}", f"--out={folder / 'scores' / condition.slug}"]
     score = ("pig.cli", "evaluate", f"--config={config.scorer}", *told, *prompts, f"--name={name}")
     yield Step(f"{step}/score_{condition.slug}", score)
+
+
+def prompts_of(config: Tournament) -> list[str]:
+    return [f"--prompts={config.path(config.prompts)}"] if config.prompts else []
 
 
 def chosen(config: Tournament, method: str) -> list[str]:
@@ -244,12 +250,10 @@ def drawings(config: Tournament) -> list[Chain]:
         words, model = chosen(config, one.method), one.model(config)
         chain: list[Step] = []
         for condition in conditions(config, one):
-            # What a condition says stands behind, and counts.
-            first = Condition(condition.name, condition.subjects)
-            chain += drawn_and_scored(config, model, one.folder, first, (*words, *condition.words), one.method)
+            chain += drawn_and_scored(config, model, one.folder, condition, words, one.method)
         if one.method not in measured:
             measured.add(one.method)
-            told = [f"--model={model}", f"--subjects={config.path(config.subjects)}", *words]
+            told = [f"--model={model}", f"--subjects={config.path(config.subjects)}", *prompts_of(config), *words]
             steps = [word for word in config.split(config.drawing) if not word.startswith(NOT_FOR_COST)]
             given = conditions(config, one)[0].words
             out = f"--out={config.folder() / one.method / 'picture.json'}"
@@ -265,7 +269,7 @@ def guests(config: Tournament, also: Sequence[Path]) -> list[Chain]:
     """Folders of images that other programs have made."""
     found: list[Chain] = []
     for folder in also:
-        told = [f"--images={folder}", f"--subjects={config.path(config.subjects)}"]
+        told = [f"--images={folder}", f"--subjects={config.path(config.subjects)}", *prompts_of(config)]
         out = config.folder() / "also" / folder.resolve().name
         score = ("pig.cli", "evaluate", f"--config={config.scorer}", *told, f"--out={out}", f"--name={folder.name}")
         found.append([Step(f"also/{folder.resolve().name}", score)])

@@ -59,6 +59,8 @@ def tournament(
     guests = also or []
     if absent := [str(folder) for folder in guests if not folder.is_dir()]:
         raise InputError(f"--also: no folder {absent[0]}")
+    if len({folder.resolve().name for folder in guests} - told.methods.keys()) < len(guests):
+        raise InputError("--also: folders of the same name, or of a method's: rename them")
     check_folder(told.folder())
     if dry_run:
         print_plan(told, guests)
