@@ -42,12 +42,14 @@ def write_report(
     title: str | None = None,
     summary: Sequence[str] = (),
     sections: Sequence[Section] = (),
+    lead: Sequence[Section] = (),
 ) -> None:
     """Write `out/report.html`. Several results: their images side by side, prompt by prompt.
 
     Args:
         summary: lines under the title.
         sections: between the plane and the images.
+        lead: in place of the scores, which then stand behind the images, and the plane.
     """
     first, several = results[0], len(results) > 1
     told = [
@@ -55,13 +57,15 @@ def write_report(
         f"hash {result.hash}"
         for result in results
     ]
-    body = [Section("Scores", tables=[rows_table(one, subjects=False) for one in results], note=_explanation(first))]
+    scores = Section("Scores", tables=[rows_table(one, subjects=False) for one in results], note=_explanation(first))
+    body = list(lead) or [scores]
     points = [Point(result.name, result.per_subject()) for result in results]
-    if len(first.subjects) > 1 or several:
+    if not lead and (len(first.subjects) > 1 or several):
         plane = plane_svg(points, fixed_of(first), ceiling_of(first))
         body.append(Section("The plane", Markup('<div class="plane">{}</div>').format(Markup(plane))))
     moves = json.dumps({result.name: result.moves for result in results}, indent=1)
     tail = [
+        *([scores] if lead else []),
         Section("Subjects", tables=[rows_table(result, subjects=True) for result in results]),
         published_rows(),
         Section(

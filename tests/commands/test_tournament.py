@@ -263,4 +263,4 @@ def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
     assert costs["base"]["trained_weights"] == 0
     assert costs["bootpig"]["flops_per_picture"] > costs["base"]["flops_per_picture"] > 0
     assert json.loads((outs[0] / "bootpig/chosen.json").read_text())["words"][0].startswith("--image_guidance=")
-    assert re.search(r"\| bootpig \| 1 partial \|", (outs[0] / "tournament.md").read_text())
+    assert re.search(r"\| bootpig \| 1 partial picture \|", (outs[0] / "tournament.md").read_text())

@@ -55,15 +55,15 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     costs = ledger(config)
     tables = all_tables(config, standings, first, costs)
     results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
-    sections = [Section(name, tables=[table], note=note) for name, table, note in tables]
-    sections.insert(1, Section("The plane, over training seeds", figure_of(plane(first))))
-    sections.insert(3, Section("Scores over costs", figure_of(scatter(first, costs))))
+    lead = [Section(name, tables=[table], note=note) for name, table, note in tables]
+    lead.insert(1, Section("The plane", figure_of(plane(first))))
+    lead.append(Section("Scores over costs", figure_of(scatter(first, costs))))
     write_report(
         results,
         config.folder(),
         title="Tournament",
         summary=[f"{len(config.methods)} methods on {config.base}, {config.samples} training samples each."],
-        sections=sections,
+        lead=lead,
     )
     out = config.folder()
     write_text(out / PAGES[1], markdown(tables))
@@ -78,7 +78,7 @@ def all_tables(
     against = next(one for one in first if one.method == config.against)
     others = [one for one in first if one is not against]
     found = [
-        ("Standings", scores_table(first), NOTE.format(condition=against.condition or "all pictures")),
+        ("Standings", scores_table(first), NOTE.format(condition=against.condition)),
         (f"Differences to {config.against}", gaps_table([gaps(against, others, score) for score in COMPARED]), GAPS),
     ]
     kinds = sorted({image["kind"] for image in against.results[0].images})
@@ -93,10 +93,10 @@ def all_tables(
 
 NOTE = (
     "Means over subjects, with 95 % intervals (subjects drawn again); of several training seeds the mean, and how far "
-    "the seeds lie apart in DINO. Ranks with 95 % intervals. References of the trained methods: {condition}. Copies: "
-    "the share of images that DINO takes for one of the subject's pictures."
+    "the seeds lie apart in DINO. Ranks with 95 % intervals. The trained methods were given {condition}. Copies: the "
+    "share of images that DINO takes for one of the subject's pictures."
 )
-CONDITIONS = "How many references each was given; whole pictures of the subject, or partial ones."
+CONDITIONS = "What each was given; a partial picture shows a part of the subject."
 GAPS = "Paired by subject; p: signs flipped at random, corrected by Holm for the number of methods."
 LEDGER = (
     "Training: steps with their data, of equal samples. A picture: one at a time, reading the references included; the "
@@ -156,7 +156,7 @@ def conditions_table(standings: Sequence[Standing]) -> Table:
         for one in standings
         if one.condition
     ]
-    return Table(["", "references", *(TITLES[score] for score in COMPARED)], rows)
+    return Table(["", "given", *(TITLES[score] for score in COMPARED)], rows)
 
 
 def costs_table(costs: Sequence[Mapping[str, Any]]) -> Table:

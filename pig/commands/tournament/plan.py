@@ -82,16 +82,20 @@ def conditions(config: Tournament, entry: Entry) -> list[Condition]:
     subjects = config.path(config.subjects)
     if method.kind != "trained":  # tuned on all pictures, or on none
         return [Condition("", subjects)]
-    of = [(str(count), (f"--references_per_subject={count}",)) for count in config.references]
-    found = [Condition(f"{count} whole", subjects, words) for count, words in of]
+    of = [(count, (f"--references_per_subject={count}",)) for count in config.references]
+    found = [Condition(pictures(count, "whole"), subjects, words) for count, words in of]
     if entry.budget == TIME:
         return found[:1]
     if config.partial:
-        found += [Condition(f"{count} partial", config.path(config.partial), words) for count, words in of]
+        found += [Condition(pictures(count, "partial"), config.path(config.partial), words) for count, words in of]
     if method.common:
         words = (*found[0].words, *config.split(method.common))
         found.append(Condition(f"{found[0].name}, common guidance", subjects, words))
     return found
+
+
+def pictures(count: int, what: str) -> str:
+    return f"{count} {what} picture{'s' if count > 1 else ''}"
 
 
 def data(config: Tournament) -> list[Chain]:
