@@ -18,7 +18,7 @@ from data_gen.photos import pack_photos
 from data_gen.toyworld import draw_subjects, draw_triplets
 from pig.arguments import Parser, parse
 from pig.data.transforms import ReferenceAugmentation
-from pig.errors import InputError, check_ranges, run_command
+from pig.errors import InputError, check_ranges, check_text, run_command
 from pig.mistakes import refuse_empty
 from pig.models.cutting_out import CuttingOut
 
@@ -63,6 +63,7 @@ def photos(photos: Path, out: Path, object: str, size: int = 512, cutting_out: C
         size: shorter side of the packed pictures in pixels.
     """
     check_ranges(**{"--size": (size, *SIZES)})
+    check_text(object)
     if not object.strip():
         raise InputError("--object is empty: say what the pictures show, such as dog")
     pack_photos(photos, out, object, size, segment=(cutting_out or CuttingOut()).make())

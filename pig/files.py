@@ -131,6 +131,17 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than anything that was written here.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(file: Path, otherwise: str) -> dict[str, Any]:
     """The names and values of a JSON file.
 
@@ -138,7 +149,7 @@ def read_json(file: Path, otherwise: str) -> dict[str, Any]:
         InputError: with `otherwise` where it cannot be read; or it is damaged.
     """
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(otherwise) from error
     except ValueError as error:

@@ -102,7 +102,13 @@ def read_config(file: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:
-        raise InputError(f"--config {file}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--config {file}: {in_a_line(error)}") from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says; of one in YAML all, as its place stands behind."""
+    told = str(error) or repr(error)
+    return " ".join(told.split())[:300] if isinstance(error, YAMLError) else told.splitlines()[0]
 
 
 def settings_from(kind: type[Settings], file: Path, overrides: Sequence[str]) -> Settings:
@@ -126,9 +132,9 @@ def settings_from(kind: type[Settings], file: Path, overrides: Sequence[str]) ->
         raise InputError(f"unknown key {key!r} in {file} or on the command line{hint}") from error
     except InputError:
         raise
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         where = getattr(error, "full_key", None)
-        raise InputError(f"{file}: {f'{where}: ' if where else ''}{str(error).splitlines()[0]}") from error
+        raise InputError(f"{file}: {f'{where}: ' if where else ''}{in_a_line(error)}") from error
     assert isinstance(found, kind)
     return found
 

@@ -48,6 +48,11 @@ def cost(
         if out.is_dir():
             raise InputError(f"--out: {out} is a folder: give a file such as cost.json")
         make_folder(out.parent)
+    for flag in ("image", "mask"):
+        if getattr(what, flag) is not None:
+            raise InputError(f"--{flag}: cost measures pictures without inpainting")
+    if what.prompt is not None and len(what.prompt) > 1:
+        raise InputError("cost draws one --prompt")
     source = find_model(model)
     kind = pipeline_class(source.method)
     chosen = kind.Settings.given(source.settings, settings or {})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pig.commands.card import Example, Licences, check_repository, examples, push, write_card
-from pig.errors import InputError
+from pig.errors import InputError, check_text
 from pig.files import make_folder, replacing_folder
 from pig.methods import WHOLE, load_module, load_pipeline, load_release
 from pig.sampling.delta import DELTA, save_delta
@@ -45,6 +45,10 @@ def export(
         push_to_hub: upload the folder as this model, such as me/my-dog.
     """
     licences, example = licences or Licences(), example or Example()
+    for text in (licences.base_licence, licences.generator_licence, licences.data_licence):
+        check_text(text)
+    if out.name in ("", ".."):
+        raise InputError(f"--out {out}: give the folder a name of its own")
     if push_to_hub is not None:
         check_repository(push_to_hub)
     if sum(one is not None for one in (checkpoint, model, from_release)) != 1:

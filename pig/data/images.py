@@ -14,7 +14,7 @@ from PIL import Image
 from pig.data.schema import GeneratedImage
 from pig.data.subjects import SubjectFolder, is_picture
 from pig.errors import InputError
-from pig.files import replacing, write_text
+from pig.files import parse_json, replacing, write_text
 
 MANIFEST = "manifest.jsonl"
 MANIFESTS = "manifest*.jsonl"
@@ -77,7 +77,7 @@ def note(folder: Path, job: Job, *, method: str, settings: Mapping[str, Any], ma
 def _line_of(text: str) -> str | None:
     """The file that a manifest's line is about; None for a line torn by a kill, or one that names no file."""
     try:
-        line = json.loads(text)
+        line = parse_json(text)
         file = line["file"]
         return file if isinstance(file, str) and isinstance(line.get("settings", {}), dict) else None
     except (ValueError, TypeError, KeyError):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pig.data.images import drawn_subject
 from pig.data.subjects import Segment, SubjectFolder, read_subjects
-from pig.errors import InputError, check_ranges
+from pig.errors import InputError, check_ranges, check_text
 from pig.evaluation.checks import check, missing_message, some
 from pig.evaluation.comparison import Comparison, copy_notes, groups, size_notes
 from pig.evaluation.embeddings import Embedder
@@ -210,6 +210,7 @@ def evaluate(
         batch_size=(batch_size, 1, 4096),
         images_per_prompt=(1 if images_per_prompt is None else images_per_prompt, 1, float("inf")),
     )
+    check_text(name or "")
     if out.resolve().is_relative_to(images.resolve()):
         raise InputError(f"--out: {out} lies in the images folder {images}: give one outside of it")
     rules, known = protocol_named(protocol), subjects_of(images, subjects, references, class_noun, prompts, only)

@@ -53,6 +53,11 @@ class Decoded:
     mask: Image.Image | None
 
 
+def is_unit(feature: Tensor) -> bool:
+    """A feature as it is stored: float32, of length 1."""
+    return feature.dtype == torch.float32 and abs(float(feature.norm()) - 1) < 1e-3
+
+
 class Embedder:
     """Looks at picture files through CLIP and DINO, and with a segmenter also at their objects alone, on white.
 
@@ -207,6 +212,7 @@ class Embedder:
             for key, features in found.items()
             if features.keys() >= {*self.encoders, "size"}  # the others are damaged: looked at again
             and all(shapes.get(name) == feature.shape for name, feature in features.items())
+            and all(is_unit(feature) for name, feature in features.items() if name != "size")
         }
         sizes = {key: found[key].pop("size").tolist() for key in found}
         return {

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pig.errors import InputError
 from pig.evaluation.statistics import interval, rate_interval
-from pig.files import write_text
+from pig.files import parse_json, write_text
 
 if TYPE_CHECKING:
     from pig.evaluation.metrics import PerSubject
 
 RESULTS = "results.json"
+PLANE = ("dino", "clip_t")  # what every result has
+NUMBERS = (*PLANE, "clip_i", "dino_masked", "clip_i_masked", "diversity", "prompt_accuracy", "nearest_dino")
 RATES = ("prompt_accuracy",)  # shares of images, of which each is a yes or a no
 Score = dict[str, float]  # mean, low, high
 
@@ -68,7 +70,7 @@ class Result:
             InputError: the folder holds no result of `evaluate`.
         """
         try:
-            told = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            told = parse_json((folder / RESULTS).read_text(encoding="utf-8"))
             _check(told)
             return cls(**told, folder=folder)
         except OSError as error:
@@ -99,6 +101,8 @@ def _check(told: Any) -> None:
         _check_key(told[name], name)
     if not all(isinstance(note, str) for note in told["notes"]):
         raise ValueError("a note is no text")
+    if absent := [name for name in PLANE if name not in told["scores"]]:
+        raise ValueError(f"the score {absent[0]} is missing")
     if unknown := set(told["bounds"]) - {"real", "copy", "text_only"}:
         raise ValueError(f"an unknown bound {sorted(unknown)[0]!r}")
     for name in ("groups", "bounds", "subjects"):
@@ -127,16 +131,16 @@ def _check_image(image: Any, told: dict[str, Any]) -> None:
         raise ValueError("an image is no object")
     for name in ("key", "nearest_key"):
         _check_key(image.get(name), f"an image's {name}")
-    wanted = {"subject": str, "prompt": str, "prompt_index": int, "seed": str, "kind": str, "copied": bool}
+    wanted = {"subject": str, "prompt": str, "prompt_index": int, "seed": str, "kind": str, "copied": bool, "file": str}
     for name, kind in wanted.items():
         if not isinstance(image.get(name), kind):
             raise ValueError(f"the {name} of an image is {str(image.get(name))[:80]!r}")
     for of in ("subjects", "photographs"):
         if image["subject"] not in told[of]:
             raise ValueError(f"{of} lacks the subject {image['subject'][:80]!r}")
-    if odd := [score for score in told["scores"] if not _is_number(image.get(score, 0))]:
+    if odd := [score for score in NUMBERS if not _is_number(image.get(score, 0))]:
         raise ValueError(f"the {odd[0]} of an image is no number")
-    file = PurePosixPath(str(image.get("file")))
+    file = PurePosixPath(image["file"])
     if file.is_absolute() or ".." in file.parts:
         raise ValueError(f"an image's file {str(file)!r} lies outside of the images folder")
 

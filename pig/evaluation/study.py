@@ -24,15 +24,15 @@ from urllib.parse import parse_qs, urlparse
 from rich.console import Console
 
 from pig.data.transforms import load_image
-from pig.errors import InputError, check_ranges
+from pig.errors import InputError, check_kinds, check_ranges
 from pig.evaluation.compare import named_apart, place_of
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import rate_interval
 from pig.evaluation.tables import plain
-from pig.files import make_folder, sha256_of, write_text
+from pig.files import make_folder, parse_json, sha256_of, write_text
 
 PAGE = Path(__file__).with_suffix(".html")
-FIELDS = {"rater", "id", "question", "subject", "check", "first"}  # of an answer
+FIELDS = {"rater": str, "id": str, "question": str, "subject": str, "check": bool, "first": bool}  # of an answer
 ANSWERS, PLAN, FOUND = "answers.jsonl", "study.json", "study.md"
 CHECK_EVERY = 10  # questions for one attention check
 ATTENTIVE = 0.8  # the share of checks that a rater must have right to count
@@ -128,11 +128,12 @@ class Study:
                 stream.write("\n")
         for line in text.splitlines():
             try:
-                answer = json.loads(line)
+                answer = parse_json(line)
+                check_kinds(answer, FIELDS, "an answer")
             except ValueError:
                 continue
-            if isinstance(answer, dict) and answer.keys() >= FIELDS and answer["id"] in self.items:
-                self.answers[str(answer["rater"]), answer["id"]] = answer
+            if answer["id"] in self.items:
+                self.answers[answer["rater"], answer["id"]] = answer
 
     def order(self, rater: str) -> list[str]:
         """The questions in this rater's own order."""

@@ -36,7 +36,8 @@ def config(tmp_path) -> Tournament:
         if method.kind == "trained":
             run = tmp_path / name / plan.SAMPLES / "0" / "fit"  # its default_root_dir
             run.mkdir(parents=True)
-            (run / plan.COST).write_text(json.dumps({"seconds": 100.0 * (number + 1), "samples": 19200}))
+            told_of = {"seconds": 100.0 * (number + 1), "samples": 19200, "flops_per_sample": 1, "peak_memory_bytes": 1}
+            (run / plan.COST).write_text(json.dumps(told_of))
     return told
 
 
@@ -91,12 +92,20 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["methods.bootpig.config=x.yaml"], "methods.bootpig.config: no such file: x.yaml"),
+        (["methods.bootpig.config=x.yaml"], "methods.bootpig.config: x.yaml: no such file"),
+        (["methods.bootpig.config=configs/datagen/toyworld.yaml"], "toyworld.yaml is damaged: trainer is"),
+        (["methods.bootpig.words='--data.batch_size=x'"], "--data.batch_size=x is no number of samples"),
+        (['fit="--a \'b"'], "No closing quotation"),
+        (["out=' '"], "out is empty"),
+        (["base=toyworld"], "give it as `generate --model` takes a base model"),
+        (["scorer=nope.yaml"], "scorer=nope.yaml: no such file"),
+        (["seeds=[-1]"], "seeds: from 0"),
+        (["methods.data.kind=base"], "'data' is no name"),
         (["methods.dreamblend.of=bootpig"], "methods.dreamblend.of: name a tuned method"),
         (["against=dreambooth"], "name a trained method"),
         (["against=x"], "against 'x' is none of bootpig"),
         (["methods.bootpig.kind=x"], "methods.bootpig.kind 'x' is none of trained"),
-        (["samples=0"], "samples and each of references must be at least 1"),
+        (["samples=0"], "samples must be between 1|samples must be at least 1"),
         (["seeds=[0,0]"], "each number once"),
         (["sample=3"], "sample"),
         (["samples=x"], "samples"),
@@ -110,7 +119,7 @@ def test_bad_configs(tmp_path, given, message) -> None:
 def test_bad_input(tmp_path) -> None:
     with pytest.raises(InputError, match="no such config"):
         cli.run(["tournament", str(tmp_path / "none.yaml")])
-    with pytest.raises(InputError, match="--also: no folder"):
+    with pytest.raises(InputError, match="--also: .* holds no images"):
         cli.run(["tournament", str(CONFIG), f"out={tmp_path}", "--also", str(tmp_path / "none")])
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file, not a folder"):

@@ -59,7 +59,7 @@ KEYS = {"key": "k", "nearest_key": "k", "file": "mug/0/0.png", "kind": "scene", 
 RESULT = json.dumps(
     {
         **{"protocol": "dreambooth", "hash": "0" * 16, "name": "a", "images_folder": "x", "moves": {}, "missing": []},
-        "scores": {"dino": {"mean": 0.5, "low": 0.4, "high": 0.6}},
+        "scores": {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("dino", "clip_t")},
         "subjects": {"mug": {"dino": 0.5}},
         **{"groups": {}, "bounds": {}, "notes": ["n"], "photographs": {"mug": [{"file": "a", "key": "k"}]}},
         "images": [{"subject": "mug", "prompt": "a mug", "prompt_index": 0, "seed": "0", **KEYS}],

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from pig.errors import InputError, check_named
-from pig.mistakes import settings_from
+from pig.data.images import SEEDS
+from pig.errors import InputError, check_kinds, check_named, check_ranges
+from pig.mistakes import read_config, settings_from
 
+TAKEN = ("data", "records", "logs", "also")  # folders of a tournament
 KINDS = ("trained", "tuned", "blended", "base")
 
 
@@ -82,8 +84,24 @@ class Tournament:
         return Path(self.out)
 
     def split(self, text: str) -> list[str]:
-        """The words of a line."""
-        return shlex.split(text.replace("{out}", self.out))
+        """The words of a line.
+
+        Raises:
+            InputError: a quotation that is not closed.
+        """
+        try:
+            return [self.path(word) for word in shlex.split(text)]
+        except ValueError as error:
+            raise InputError(f"{text[:80]!r}: {error}") from error
+
+    def batch_size(self, method: Method) -> int:
+        """Samples of a step, by the words of `fit` or else the config."""
+        words = [*self.split(self.fit), *self.split(method.words)]
+        given = [word.partition("=")[2] for word in words if word.startswith("--data.batch_size=")]
+        size = given[-1] if given else str(read_config(method.config)["data"]["init_args"]["batch_size"])
+        if not (size.isdigit() and int(size) > 0):
+            raise InputError(f"--data.batch_size={size} is no number of samples")
+        return int(size)
 
     def path(self, text: str) -> str:
         return text.replace("{out}", self.out)
@@ -100,16 +118,30 @@ def load_config(file: Path, overrides: Sequence[str]) -> Tournament:
 
 
 def _check(config: Tournament) -> None:
+    if not config.out.strip():
+        raise InputError("out is empty: name a folder")
+    if not config.base.startswith("base:"):
+        raise InputError(f"base={config.base}: give it as `generate --model` takes a base model, base:NAME")
+    if not Path(config.scorer).is_file():
+        raise InputError(f"scorer={config.scorer}: no such file")
+    if not all(0 <= seed < SEEDS for seed in config.seeds):
+        raise InputError("seeds: from 0 to 2^32 - 1")
+    check_ranges(samples=(config.samples, 1, 10**12))
+    for line in (*config.data, config.fit, config.drawing):
+        config.split(line)
     if config.samples < 1 or not config.seeds or not config.references or min(config.references) < 1:
         raise InputError("samples and each of references must be at least 1, and seeds must name one")
     if len(set(config.seeds)) < len(config.seeds) or len(set(config.references)) < len(config.references):
         raise InputError("seeds and references: each number once")
     for name, method in config.methods.items():
         check_named(f"methods.{name}.kind", method.kind, KINDS)
-        if not name.replace("_", "").isalnum():
-            raise InputError(f"methods: {name!r} is no name: letters, digits and _")
-        if method.kind in ("trained", "tuned") and not Path(method.config).is_file():
-            raise InputError(f"methods.{name}.config: no such file: {method.config or '(none)'}")
+        if not name.replace("_", "").isalnum() or name in TAKEN:
+            raise InputError(f"methods: {name!r} is no name: letters, digits and _; not {', '.join(TAKEN)}")
+        for line in (method.words, method.drawn, method.common, *method.trials):
+            config.split(line)
+        if method.kind in ("trained", "tuned"):
+            _check_experiment(name, method)
+            config.batch_size(method)
         if method.kind == "blended" and (method.of not in config.methods or config.methods[method.of].kind != "tuned"):
             raise InputError(f"methods.{name}.of: name a tuned method, got {method.of!r}")
     check_named("against", config.against, tuple(config.methods))
@@ -120,3 +152,14 @@ def _check(config: Tournament) -> None:
         raise InputError(f"methods that have trials must have the same number, got {sorted(counts)}")
     if counts and not config.validation:
         raise InputError("trials need validation, a folder of other subjects than those of the benchmark")
+
+
+def _check_experiment(name: str, method: Method) -> None:
+    """A config of `fit` or `tune` that says what the plan reads of it."""
+    where = f"methods.{name}.config: {method.config or '(none)'}"
+    if not Path(method.config).is_file():
+        raise InputError(f"{where}: no such file")
+    told = read_config(method.config)
+    check_kinds(told, {"trainer": dict, "model": dict, "data": dict}, where)
+    check_kinds(told["trainer"], {"default_root_dir": str, "callbacks": list}, where)
+    check_kinds(told["data"].get("init_args"), {"batch_size": int}, where)

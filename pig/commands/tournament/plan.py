@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import yaml
 
 from pig.commands.tournament.config import Method, Tournament
-from pig.errors import InputError
+from pig.errors import InputError, check_kinds
+from pig.files import read_json
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
 CHOSEN, COST = "chosen.json", "cost.json"
@@ -113,10 +113,7 @@ def trainings(config: Tournament, budget: str) -> list[Chain]:
 def steps_of(config: Tournament, entry: Entry) -> int:
     """Of the optimizer: of equal samples, or of equal time by what the methods' first trainings have taken."""
     method = config.methods[entry.method]
-    told = read_yaml(method.config)
-    words = [*config.split(config.fit), *config.split(method.words)]
-    given = [word.partition("=")[2] for word in words if word.startswith("--data.batch_size=")]
-    batch = int(given[-1]) if given else int(told["data"]["init_args"]["batch_size"])
+    batch = config.batch_size(method)
     if entry.budget == SAMPLES:
         return max(1, config.samples // batch)
     ours, theirs = (
@@ -134,10 +131,10 @@ def cost_of(method: Method, run: Path) -> dict[str, Any]:
     """What a training, or the tuning of a subject, has cost; see `pig.training.costs.Costs`."""
     told = read_yaml(method.config)
     file = Path(told["trainer"]["default_root_dir"].replace("${run}", str(run))) / COST
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is missing or torn: remove {run} and start again") from error
+    cost = read_json(file, f"{file} is missing: remove {run} and start again")
+    check_kinds(cost, {"samples": int, "peak_memory_bytes": int}, str(file))
+    check_kinds(cost, dict.fromkeys(("seconds", "flops_per_sample"), (int, float)), str(file))
+    return cost
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -242,7 +239,11 @@ def chosen(config: Tournament, method: str) -> list[str]:
     """The words of `generate` that a method is drawn with: its own, and those of its best trial."""
     told = config.methods[method]
     file = config.folder() / method / CHOSEN
-    best = json.loads(file.read_text(encoding="utf-8"))["words"] if told.trials else []
+    best: list[str] = []
+    if told.trials:
+        found = read_json(file, f"{file} is missing: start the tournament again")
+        check_kinds(found, {"words": list}, str(file))
+        best = found["words"]
     return [*config.split(told.drawn), *best]
 
 

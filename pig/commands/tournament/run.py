@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -57,8 +58,9 @@ def tournament(
     told = load_config(Path(experiment[0]), experiment[1:])
     check_ranges(**{"--workers": (workers, 1, 4096), "--threads": (threads, 1, 1024)})
     guests = also or []
-    if absent := [str(folder) for folder in guests if not folder.is_dir()]:
-        raise InputError(f"--also: no folder {absent[0]}")
+    for folder in guests:
+        if not any(folder.glob("*/*/*.*")):
+            raise InputError(f"--also: {folder} holds no images SUBJECT/PROMPT_INDEX/SEED.png")
     if len({folder.resolve().name for folder in guests} - told.methods.keys()) < len(guests):
         raise InputError("--also: folders of the same name, or of a method's: rename them")
     check_folder(told.folder())
@@ -124,7 +126,7 @@ def print_plan(config: Tournament, guests: Sequence[Path]) -> None:
     for chains in stages.values():
         for chain in chains:
             for step in chain:
-                console.print(f"python -m {' '.join(step.words)}", highlight=False, markup=False)
+                console.print(f"python -m {shlex.join(step.words)}", highlight=False, markup=False)
 
 
 class Runner:
@@ -174,7 +176,7 @@ def is_done(out: Path, step: Step) -> bool:
         return False
     then = read_json(file, "").get("words")
     if then != list(step.words):
-        odd = next((word for word in step.words if word not in (then or [])), "fewer words")
+        odd = next((word for word in step.words if not isinstance(then, list) or word not in then), "fewer words")
         raise InputError(f"{step.name} was done with other words, now it has {odd}: remove {file} and what it has made")
     return True
 

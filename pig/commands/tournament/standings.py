@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament
+from pig.errors import InputError, check_kinds
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
+from pig.files import read_json
 
 SCORES = ("dino", "clip_i", "clip_t", "dino_masked", "diversity")
 COMPARED = ("dino", "clip_t")
@@ -76,6 +77,12 @@ def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]
             result = Result.read(one.folder / "scores" / condition.slug)
             of.setdefault((one.method, one.budget, condition.name), []).append(result)
     found = [Standing(*key, tuple(results)) for key, results in of.items()]
+    for result in (one for results in of.values() for one in results):
+        for score in COMPARED:
+            if per_subject(result, score).keys() != result.subjects.keys():
+                raise InputError(
+                    f"{result.folder}: not all subjects have images with the score {score}: score it again"
+                )
     for folder in guests:
         result = Result.read(config.folder() / "also" / folder.resolve().name)
         found.append(Standing(folder.name, "", "", (result,)))
@@ -138,7 +145,9 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
     rows = []
     for name, method in config.methods.items():
         top = config.folder() / name
-        picture = json.loads((top / "picture.json").read_text(encoding="utf-8"))
+        picture = read_json(top / "picture.json", f"{top} lacks picture.json: start the tournament again")
+        counts = ("trained_weights", "flops_per_picture", "peak_memory_bytes")
+        check_kinds(picture, {**dict.fromkeys(counts, int), "seconds_per_picture": float}, str(top / "picture.json"))
         row: dict[str, Any] = {"method": name, "trained_weights": picture["trained_weights"]}
         if method.kind == "trained":
             runs = [plan.cost_of(method, top / plan.SAMPLES / str(seed)) for seed in config.seeds]
