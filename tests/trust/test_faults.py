@@ -120,7 +120,7 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name == "chain" else name 
 RERUN = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in COMMANDS
-    if name not in ("inspect", "compare")
+    if name not in ("inspect", "attention", "compare")
 ]
 
 
