@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.sampling import PROMPTS, SD21, cost, toy_references
+from benchmarks.sampling import PROMPTS, cost, toy_references
 from pig import diffusion
 from pig.attention.adapters import ScaledReferences
-from pig.costs import flops_of, machine
+from pig.costs import SD21, flops_of, machine
 from pig.data.transforms import cut_out
 from pig.methods.ezigen import EZIGen, EZIGenNet, EZIGenPipeline
 from pig.methods.ezigen.pipeline import reference_prompt

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pig import diffusion
 from pig.attention.merged import MergedReferences
-from pig.costs import flops_of, machine, peak_memory
+from pig.costs import SD21, flops_of, machine, peak_memory
 from pig.data.transforms import cut_out
 from pig.methods.bootpig import BootPIG, BootPIGPipeline, TwoUNet
 from pig.models.backbone import decode_latents
@@ -35,12 +35,6 @@ from pig.sampling.references import reference_noise
 from pig.toyworld import scene
 
 PROMPTS = [f"a photo of a mug, {phrase}" for phrase in list(scene.BACKGROUNDS.values())[:5]]
-SD21 = {
-    "sample_size": 64,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-}
 CASES = [("plain", 0, 1), ("plain", 0, 4)] + [
     (way, references, images) for images in (1, 4) for references in (1, 4) for way in ("naive", "ours")
 ]

@@ -21,6 +21,14 @@ for cpus, gpus in (
 ):
     flop_registry.setdefault(cpus, flop_registry[gpus])
 
+# The UNet of Stable Diffusion 2.1-base, for 512 px.
+SD21 = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+
 
 def flops_of(work: Callable[[], Any]) -> int:
     """Of all matrix products, convolutions and attention that `work` does."""

@@ -25,11 +25,11 @@ from diffusers import (
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pig import diffusion
+from pig.costs import flops_of
 from pig.errors import InputError, check_named
 from pig.models.encoders import tokenize
 from pig.models.names import resolve
@@ -262,9 +262,7 @@ def encoding_flops(backbone: Backbone, resolution: int) -> tuple[int, int]:
         there = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         blank = {name: torch.empty_like(one, device="meta") for name, one in there.items()}
         blank = {name: one.float() if one.is_floating_point() else one for name, one in blank.items()}
-        with FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(module, blank, (given.to("meta"),))
-        return int(counter.get_total_flops())
+        return flops_of(lambda: torch.func.functional_call(module, blank, (given.to("meta"),)))
 
     picture = torch.empty(1, 3, resolution, resolution)
     return count(backbone.vae.encoder, picture), count(backbone.text_encoder, tokenize(backbone.tokenizer, [""]))

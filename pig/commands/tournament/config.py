@@ -129,8 +129,8 @@ def _check(config: Tournament) -> None:
     check_ranges(samples=(config.samples, 1, 10**12))
     for line in (*config.data, config.fit, config.drawing):
         config.split(line)
-    if config.samples < 1 or not config.seeds or not config.references or min(config.references) < 1:
-        raise InputError("samples and each of references must be at least 1, and seeds must name one")
+    if not config.seeds or not config.references or min(config.references) < 1:
+        raise InputError("each of references must be at least 1, and seeds must name one")
     if len(set(config.seeds)) < len(config.seeds) or len(set(config.references)) < len(config.references):
         raise InputError("seeds and references: each number once")
     for name, method in config.methods.items():

@@ -13,9 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Method, Tournament
-from pig.costs import flops_of
+from pig.costs import SD21, flops_of
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
+from pig.mistakes import read_config
 from pig.models.names import TOYWORLD
 from pig.training.costs import flops_per_sample
 from pig.training.module import PersonalisationModule
@@ -23,13 +24,6 @@ from pig.training.module import PersonalisationModule
 # Dense bf16 TFLOP/s by the makers' data sheets, and the share of it that trainings of such UNets reach.
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILISATION = 0.35
-# The UNet of Stable Diffusion 2.1-base, for 512 px.
-SD21 = {
-    "sample_size": 64,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-}
 IDS = ("base", "image_encoder", "clip", "dino", "detector", "sam", "model")  # keys of configs that may name a hub's id
 
 
@@ -48,7 +42,7 @@ def passes_of(method: Method) -> float | None:
     file = Path(method.config).with_name("toyworld.yaml")
     if not file.is_file():
         return None
-    told = plan.read_yaml(str(file))
+    told = read_config(str(file))
     path, _, name = told["model"]["class_path"].rpartition(".")
     module: PersonalisationModule = getattr(import_module(path), name)(**told["model"]["init_args"])
     pictures: Any = SimpleNamespace(resolution=told["data"]["init_args"]["resolution"], encoded=lambda: [None])
@@ -60,11 +54,11 @@ def passes_of(method: Method) -> float | None:
 
 def hub_ids(config: Tournament) -> list[str]:
     """Names in the configs that are no files here: what will be downloaded, if it is not in the cache yet."""
-    trees = [plan.read_yaml(config.scorer), {"base": config.base.removeprefix("base:")}]
-    trees += [plan.read_yaml(word) for line in config.data for word in config.split(line) if word.endswith(".yaml")]
+    trees = [read_config(config.scorer), {"base": config.base.removeprefix("base:")}]
+    trees += [read_config(word) for line in config.data for word in config.split(line) if word.endswith(".yaml")]
     for method in config.methods.values():
         if method.config:
-            told = plan.read_yaml(method.config)
+            told = read_config(method.config)
             for word in config.split(method.words):
                 if word.startswith("--model."):
                     name, _, value = word.removeprefix("--model.").partition("=")

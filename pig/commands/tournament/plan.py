@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pig.commands.tournament.config import Method, Tournament
 from pig.errors import InputError, check_kinds
 from pig.files import read_json
+from pig.mistakes import read_config
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
 CHOSEN, COST = "chosen.json", "cost.json"
@@ -129,16 +128,12 @@ def seconds_per_sample(cost: Mapping[str, Any]) -> float:
 
 def cost_of(method: Method, run: Path) -> dict[str, Any]:
     """What a training, or the tuning of a subject, has cost; see `pig.training.costs.Costs`."""
-    told = read_yaml(method.config)
+    told = read_config(method.config)
     file = Path(told["trainer"]["default_root_dir"].replace("${run}", str(run))) / COST
     cost = read_json(file, f"{file} is missing: remove {run} and start again")
     check_kinds(cost, {"samples": int, "peak_memory_bytes": int}, str(file))
     check_kinds(cost, dict.fromkeys(("seconds", "flops_per_sample"), (int, float)), str(file))
     return cost
-
-
-def read_yaml(file: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
 
 
 def fit(config: Tournament, entry: Entry, steps: int) -> Step:
@@ -160,7 +155,7 @@ def last_checkpoint(method: Method, run: Path) -> Path:
     Raises:
         InputError: it keeps none.
     """
-    told = read_yaml(method.config)
+    told = read_config(method.config)
     for callback in told["trainer"].get("callbacks", ()):
         given = callback.get("init_args", {})
         if given.get("save_last"):
