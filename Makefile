@@ -8,8 +8,8 @@ WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep ablations \
-	ablations-instantbooth dreambooth dreamblend tournament bench-datagen bench-training bench-sampling toyworld-weights clean
+.PHONY: help demo demo-generated test test-slow lint types datagen train eval app test-app sweep dreambooth dreamblend \
+	tournament claims bench-datagen bench-training bench-sampling toyworld-weights clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -59,12 +59,6 @@ test-app: .venv/.browser ## the page driven in Chromium (apt-get install chromiu
 sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 subjects x 3 seeds, into runs/sweep (an hour)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
 
-ablations: .venv/.ready ## the paper's Table 2 and Fig. 7 on the toy world, into runs/ablations (hours; resumable)
-	$(BIN)/python -W ignore -m benchmarks.ablations $(ARGS)
-
-ablations-instantbooth: .venv/.ready ## InstantBooth's Tables 3 and 4 on the toy world (hours; resumable)
-	$(BIN)/python -W ignore -m benchmarks.ablations_instantbooth $(ARGS)
-
 dreambooth: .venv/.ready ## DreamBooth, LoRA, Textual Inversion by steps of tuning, on the toy world, into runs/tuned (hours; resumable)
 	$(BIN)/python -W ignore -m benchmarks.dreambooth $(ARGS)
 
@@ -73,6 +67,9 @@ dreamblend: .venv/.ready ## DreamBlend against DreamBooth's own checkpoints, on 
 
 tournament: .venv/.ready ## all methods on one base, data set and benchmark, into runs/tournament (a day or two; resumable)
 	$(BIN)/python -W ignore -m pig.cli tournament configs/tournament/toyworld.yaml $(ARGS)
+
+claims: .venv/.ready ## what the papers say, tested on the toy world, into runs/claims (hours; resumable)
+	for file in configs/claims/*.yaml; do $(BIN)/python -W ignore -m pig.cli tournament $$file $(ARGS) || exit 1; done
 
 bench-datagen: .venv/.ready ## samples/s and peak memory of each stage of data generation, into runs/bench
 	$(BIN)/python -W ignore -m benchmarks.datagen

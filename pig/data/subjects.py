@@ -206,8 +206,14 @@ def fill_prompt(template: str, class_noun: str, identifier: str = "") -> str:
     return " ".join(template.replace("{0}", identifier).replace("{1}", class_noun).split())
 
 
-def prompt_kind(template: str) -> Literal["scene", "accessory", "property"]:
-    """What a prompt asks for: another place, something worn, or another look of the subject ("a red {0} {1}")."""
+PromptKind = Literal["scene", "accessory", "property", "plain"]
+
+
+def prompt_kind(template: str) -> PromptKind:
+    """What a prompt asks for: another place, something worn, another look of the subject ("a red {0} {1}"), or nothing
+    but the subject ("a photo of a {0} {1}")."""
+    if re.fullmatch(r"(a photo of )?(an? |the )?\{0\} \{1\}", template):
+        return "plain"
     if "{0}" in template and not re.match(r"(a photo of )?(an? |the )?\{0\}", template):
         return "property"
     return "accessory" if re.search(r"\b(wearing|outfit)\b", template) else "scene"

@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pig import cli
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament, load_config
 from pig.commands.tournament.run import claim, is_done, record_of
-from pig.commands.tournament.standings import Standing, gaps, ranks
+from pig.commands.tournament.standings import Standing, gaps, judge, ranks
 from pig.errors import InputError
 from pig.evaluation.results import Result
+from pig.methods import METHODS
 
 CONFIG = Path("configs/tournament/toyworld.yaml")
 
@@ -102,7 +105,10 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
         (["seeds=[-1]"], "seeds: from 0"),
         (["methods.data.kind=base"], "'data' is no name"),
         (["methods.dreamblend.of=bootpig"], "methods.dreamblend.of: name a tuned method"),
-        (["against=dreambooth"], "name a trained method"),
+        (["against=dreambooth"], "equal time is that of a trained method"),
+        (["methods.base.of=bootpig"], "methods.base.of: only methods of kind blended and again"),
+        (["methods.again.kind=again", "methods.again.of=base"], "methods.again.of: name a trained or tuned method"),
+        (["methods.bootpig.references=[0]"], "each of methods.bootpig.references must be at least 1"),
         (["against=x"], "against 'x' is none of bootpig"),
         (["methods.bootpig.kind=x"], "methods.bootpig.kind 'x' is none of trained"),
         (["samples=0"], "samples must be between 1|samples must be at least 1"),
@@ -114,6 +120,50 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
 def test_bad_configs(tmp_path, given, message) -> None:
     with pytest.raises(InputError, match=message):
         load_config(CONFIG, [f"out={tmp_path}", *given])
+
+
+AGAIN = ["methods.mean.kind=again", "methods.mean.of=bootpig", "methods.mean.references=[4]", "methods.mean.drawn=--x"]
+
+
+def test_one_draws_again_with_the_weights_of_another(config, tmp_path) -> None:
+    told = load_config(CONFIG, [f"out={tmp_path}", *AGAIN])
+    assert words_of(plan.trainings(told, plan.SAMPLES)) == words_of(plan.trainings(config, plan.SAMPLES))
+    drawn = [words for words in words_of(plan.drawings(told)) if "generate" in words and "--x" in words]
+    assert [word for words in drawn for word in words if word.startswith("--model")] == [
+        f"--model={tmp_path}/bootpig/samples/{seed}/model" for seed in (0, 1)
+    ]
+    assert all("--references_per_subject=4" in words for words in drawn)
+    of_tuned = ["methods.early.kind=again", "methods.early.of=dreambooth", "methods.early.drawn=--step=5"]
+    drawn = words_of(plan.drawings(load_config(CONFIG, [f"out={tmp_path}", *of_tuned])))
+    (early,) = [words for words in drawn if "generate" in words and "--step=5" in words]
+    assert f"--model={tmp_path}/dreambooth/models" in early
+
+
+def claims(**changed: str) -> str:
+    fields = {"source": "a", "says": "b", "higher": "bootpig", "lower": "ezigen", **changed}
+    return "claims=[{" + ", ".join(f'{key}: "{value}"' for key, value in fields.items()) + "}]"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"higher": "x"}, r"claims\[0\].higher 'x' is none of bootpig, bootpig, 1 whole picture, "),
+        ({"lower": "bootpig, 1 partial picture"}, r"claims\[0\].lower 'bootpig, 1 partial picture' is none of"),
+        ({"score": "fid"}, r"claims\[0\].score 'fid' is none of dino"),
+        ({"prompts": "long"}, r"claims\[0\].prompts 'long' is none of , scene"),
+    ],
+)
+def test_claims_of_what_will_not_be_there(tmp_path, changed, message) -> None:
+    with pytest.raises(InputError, match=message):
+        cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'out'}", claims(**changed)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/claims").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_papers_claims_are_of_what_will_be_there(tmp_path, file) -> None:
+    told = load_config(file, [f"out={tmp_path}"])
+    plan.check_claims(told)
+    assert told.claims
 
 
 def test_bad_input(tmp_path) -> None:
@@ -194,12 +244,60 @@ def test_differences_are_paired_and_corrected() -> None:
     assert found["more"].p == pytest.approx(2 * alone.p)  # Holm, of two
 
 
+def test_claims_hold_or_do_not_or_cannot_be_told(tmp_path) -> None:
+    low, more = standing("ezigen", LOW), standing("bootpig", [x + 0.1 for x in LOW])
+    near = standing("ip_adapter", [x + (0.02 if at % 2 else -0.02) for at, x in enumerate(LOW)])
+    config = load_config(CONFIG, [f"out={tmp_path}", claims()])
+    config.claims += [
+        replace(config.claims[0], higher="ezigen", lower="bootpig"),
+        replace(config.claims[0], higher="ip_adapter"),
+    ]
+    found = judge(config, [low, more, near])
+    assert [one.verdict for one in found] == ["holds", "does not hold", "cannot be told"]
+    assert [one.gap.mean for one in found] == pytest.approx([0.1, -0.1, 0])
+    config.claims = [replace(config.claims[0], prompts="property")]
+    with pytest.raises(InputError, match=r"claims\[0\]: no image has the score dino for prompts property"):
+        judge(config, [low, more])
+
+
 def test_ranks_know_what_they_do_not_know() -> None:
     best, low = standing("best", [x + 0.2 for x in LOW]), standing("low", LOW)
     near = standing("near", [x + (0.02 if at % 2 else -0.02) for at, x in enumerate(LOW)])
     found = ranks([low, best, near], "dino")
     assert found["best"] == (1, 1, 1)
     assert found["low"][1:] == found["near"][1:] == (2, 3)
+
+
+# -- a method of somebody else's ---------------------------------------------------------------------------------------
+
+
+def test_a_method_joins_by_one_line(tmp_path, toy_data, monkeypatch) -> None:
+    """The one of CONTRIBUTING's recipe, all of whose commands are given here, in this process."""
+    monkeypatch.syspath_prepend("tests/methods")
+    monkeypatch.setitem(METHODS, "toy_method", "toy_method")
+    told = yaml.safe_load(Path("configs/bootpig/toyworld.yaml").read_text())
+    told["trainer"] |= {"precision": "32-true", "accelerator": "cpu"}
+    told["model"] = {"class_path": "toy_method.Module", "init_args": {"base": "toyworld"}}
+    file, prompts, out = tmp_path / "mine.yaml", tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text(yaml.safe_dump(told, sort_keys=False))
+    prompts.write_text("a photo of a {0} {1}, on a beach\n")
+    given = [f"out={out}", "seeds=[0]", "samples=8", f"subjects={toy_data / 'subjects'}", f"prompts={prompts}"]
+    line = f"methods.mine={{config: {file}, words: --data.batch_size=4}}"
+    config = load_config(CONFIG, [*given, line, "drawing=--steps=1 --batch_size=12"])
+    (training,) = (chain for chain in plan.trainings(config, plan.SAMPLES) if chain[0].name.startswith("mine/"))
+    run = plan.training_folder(config, "mine", plan.SAMPLES, 0)
+    run.mkdir(parents=True)
+    (run / "data").symlink_to(toy_data)
+    mine = next(one for one in plan.entries(config) if one.method == "mine")
+    chains = [chain for chain in plan.drawings(config) if str(run) in " ".join(chain[0].words)]
+    assert len(chains[0]) == 2 * len(plan.conditions(config, mine)) + 1
+    for step in (*training, *chains[0][:2], chains[0][-1]):
+        monkeypatch.setattr(sys, "argv", list(step.words))
+        cli.run(list(step.words[1:]))
+    result = Result.read(run / "scores/1_whole_picture")
+    assert result.subjects.keys() == {path.name for path in (toy_data / "subjects").iterdir() if path.is_dir()}
+    assert plan.cost_of(config.methods["mine"], run)["samples"] == 8
+    assert json.loads((out / "mine/picture.json").read_text())["flops_per_picture"] > 0
 
 
 # -- the whole of it --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pig.errors import InputError, check_kinds, check_named, check_ranges
 from pig.mistakes import read_config, settings_from
 
 TAKEN = ("data", "records", "logs", "also")  # folders of a tournament
-KINDS = ("trained", "tuned", "blended", "base")
+KINDS = ("trained", "tuned", "blended", "again", "base")
 
 
 @dataclass
@@ -23,10 +23,12 @@ class Method:
 
     Attributes:
         kind: `trained` once for all subjects by `fit`; `tuned` for each by `tune`; `blended`: draws with the
-            checkpoints of a tuned one; `base`: the base model, which reads no reference.
+            checkpoints of a tuned one; `again`: draws with the weights of another one, by words of its own; `base`: the
+            base model, which reads no reference.
         config: the experiment, of a trained or tuned one.
         words: of `fit` or `tune`, over the config.
-        of: the tuned method whose checkpoints a blended one draws with.
+        of: the trained or tuned method whose weights a blended one or one of kind `again` draws with.
+        references: in place of the tournament's.
         drawn: words of `generate`.
         trials: words of `generate`, one line for each trial on the validation subjects, the best of which is taken. All
             methods that have any have the same number.
@@ -37,9 +39,31 @@ class Method:
     config: str = ""
     words: str = ""
     of: str = ""
+    references: list[int] = field(default_factory=list)
     drawn: str = ""
     trials: list[str] = field(default_factory=list)
     common: str = ""
+
+
+@dataclass
+class Claim:
+    """Something that is said of two entries, and that their scores can hold against it.
+
+    Attributes:
+        source: who says it, where, with which figures.
+        says: what.
+        higher, lower: the two. A method's name, after which ", equal time" and what it was given may stand, as in the
+            tables: `bootpig, 4 partial pictures`.
+        score: in which the one is said to be higher.
+        prompts: of which kind; default: all.
+    """
+
+    source: str = MISSING
+    says: str = MISSING
+    higher: str = MISSING
+    lower: str = MISSING
+    score: str = "dino"
+    prompts: str = ""
 
 
 @dataclass
@@ -61,6 +85,7 @@ class Tournament:
         seeds: of training.
         fit: words of every `fit`; drawing: of every `generate`.
         against: the method that all others are compared with.
+        claims: to be tested by what is found.
     """
 
     out: str = MISSING
@@ -79,6 +104,7 @@ class Tournament:
     drawing: str = ""
     against: str = "bootpig"
     methods: dict[str, Method] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
 
     def folder(self) -> Path:
         return Path(self.out)
@@ -93,6 +119,11 @@ class Tournament:
             return [self.path(word) for word in shlex.split(text)]
         except ValueError as error:
             raise InputError(f"{text[:80]!r}: {error}") from error
+
+    def weights_of(self, name: str) -> tuple[str, Method]:
+        """The method whose training or tuning made the weights that `name` draws with: itself, or another one."""
+        name = self.methods[name].of or name
+        return name, self.methods[name]
 
     def batch_size(self, method: Method) -> int:
         """Samples of a step, by the words of `fit` or else the config."""
@@ -129,10 +160,17 @@ def _check(config: Tournament) -> None:
     check_ranges(samples=(config.samples, 1, 10**12))
     for line in (*config.data, config.fit, config.drawing):
         config.split(line)
-    if not config.seeds or not config.references or min(config.references) < 1:
-        raise InputError("each of references must be at least 1, and seeds must name one")
-    if len(set(config.seeds)) < len(config.seeds) or len(set(config.references)) < len(config.references):
-        raise InputError("seeds and references: each number once")
+    if not config.seeds or not config.references:
+        raise InputError("references and seeds must each name one")
+    for name, numbers in {
+        "seeds": config.seeds,
+        "references": config.references,
+        **{f"methods.{name}.references": method.references for name, method in config.methods.items()},
+    }.items():
+        if len(set(numbers)) < len(numbers):
+            raise InputError(f"{name}: each number once")
+        if name != "seeds" and min(numbers, default=1) < 1:
+            raise InputError(f"each of {name} must be at least 1")
     for name, method in config.methods.items():
         check_named(f"methods.{name}.kind", method.kind, KINDS)
         if not name.replace("_", "").isalnum() or name in TAKEN:
@@ -142,11 +180,16 @@ def _check(config: Tournament) -> None:
         if method.kind in ("trained", "tuned"):
             _check_experiment(name, method)
             config.batch_size(method)
-        if method.kind == "blended" and (method.of not in config.methods or config.methods[method.of].kind != "tuned"):
-            raise InputError(f"methods.{name}.of: name a tuned method, got {method.of!r}")
+        sources = {"blended": ("tuned",), "again": ("trained", "tuned")}.get(method.kind, ())
+        if not sources and method.of:
+            raise InputError(f"methods.{name}.of: only methods of kind blended and again draw with another's weights")
+        if sources and (method.of not in config.methods or config.methods[method.of].kind not in sources):
+            raise InputError(f"methods.{name}.of: name a {' or '.join(sources)} method, got {method.of!r}")
     check_named("against", config.against, tuple(config.methods))
-    if config.methods[config.against].kind != "trained":
-        raise InputError(f"against={config.against}: name a trained method")
+    if config.same_time and config.methods[config.against].kind != "trained":
+        raise InputError(
+            f"against={config.against}: equal time is that of a trained method; name one, or same_time=false"
+        )
     counts = {len(method.trials) for method in config.methods.values() if method.trials}
     if len(counts) > 1:
         raise InputError(f"methods that have trials must have the same number, got {sorted(counts)}")

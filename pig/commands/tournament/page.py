@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament
+from pig.commands.tournament.plan import SCORES
 from pig.commands.tournament.standings import (
     COMPARED,
-    SCORES,
     Gap,
     Standing,
+    Tested,
     gaps,
+    judge,
     ledger,
     main_standings,
     ranks,
@@ -56,7 +58,8 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     tables = all_tables(config, standings, first, costs)
     results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
     lead = [Section(name, tables=[table], note=note) for name, table, note in tables]
-    lead.insert(1, Section("The plane", figure_of(plane(first))))
+    behind = [section.title for section in lead].index("Standings") + 1
+    lead.insert(behind, Section("The plane", figure_of(plane(first))))
     lead.append(Section("Scores over costs", figure_of(scatter(first, costs))))
     write_report(
         results,
@@ -78,7 +81,7 @@ def all_tables(
     against = next(one for one in first if one.method == config.against)
     others = [one for one in first if one is not against]
     found = [
-        ("Standings", scores_table(first), NOTE.format(condition=against.condition)),
+        ("Standings", scores_table(first), NOTE + " " + given(first)),
         (f"Differences to {config.against}", gaps_table([gaps(against, others, score) for score in COMPARED]), GAPS),
     ]
     kinds = sorted({image["kind"] for image in against.results[0].images})
@@ -88,13 +91,19 @@ def all_tables(
     if more:
         found.append(("Other conditions", conditions_table(standings), CONDITIONS))
     found.append(("Costs", costs_table(costs), LEDGER))
+    if config.claims:
+        found.insert(0, ("Claims", claims_table(judge(config, standings)), CLAIMS))
     return found
 
 
 NOTE = (
     "Means over subjects, with 95 % intervals (subjects drawn again); of several training seeds the mean, and how far "
-    "the seeds lie apart in DINO. Ranks with 95 % intervals. The trained methods were given {condition}. Copies: the "
-    "share of images that DINO takes for one of the subject's pictures."
+    "the seeds lie apart in DINO. Ranks with 95 % intervals. Copies: the share of images that DINO takes for one of "
+    "the subject's pictures."
+)
+CLAIMS = (
+    "Each difference is paired by subject; p: signs flipped at random, corrected by Holm for the number of claims. A "
+    "claim holds, or does not hold (the difference has the other sign), where p is below .05; else it cannot be told."
 )
 CONDITIONS = "What each was given; a partial picture shows a part of the subject."
 GAPS = "Paired by subject; p: signs flipped at random, corrected by Holm for the number of methods."
@@ -102,6 +111,15 @@ LEDGER = (
     "Training: steps with their data, of equal samples. A picture: one at a time, reading the references included; the "
     "median of three. FLOPs are counted (2 for a multiplication with addition)."
 )
+
+
+def given(first: Sequence[Standing]) -> str:
+    """What the trained methods have read."""
+    of: dict[str, list[str]] = {}
+    for one in first:
+        if one.condition:
+            of.setdefault(one.condition, []).append(one.name)
+    return " ".join(f"Given {condition}: {', '.join(names)}." for condition, names in of.items())
 
 
 def scores_table(first: Sequence[Standing]) -> Table:
@@ -134,6 +152,16 @@ def gaps_table(of: Sequence[Sequence[Gap]]) -> Table:
         ]
         rows.append(("all", [row[0].name, *cells]))
     return Table(head, rows)
+
+
+def claims_table(of: Sequence[Tested]) -> Table:
+    rows = []
+    for one in of:
+        claim, gap = one.claim, one.gap
+        what = f"{TITLES[claim.score]}: {gap.name}" + (f" ({claim.prompts} prompts)" if claim.prompts else "")
+        found = f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
+        rows.append(("all", [claim.source, claim.says, what, found, f"{gap.p:.4f}", one.verdict]))
+    return Table(["source", "claim", "compared", "found", "p, Holm", ""], rows)
 
 
 def kinds_table(first: Sequence[Standing], kinds: Sequence[str]) -> Table:
@@ -219,6 +247,7 @@ def numbers(
             for one in standings
         ],
         "gaps": [asdict(gap) for score in COMPARED for gap in gaps(against, others, score)],
+        "claims": [{**asdict(one), "verdict": one.verdict} for one in judge(config, standings)],
         "ranks": {score: ranks(first, score) for score in COMPARED},
         "costs": list(costs),
     }

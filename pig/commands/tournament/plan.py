@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pig.commands.tournament.config import Method, Tournament
-from pig.errors import InputError, check_kinds
+from pig.data.subjects import PromptKind
+from pig.errors import InputError, check_kinds, check_named
 from pig.files import read_json
 from pig.mistakes import read_config
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
+SCORES = ("dino", "clip_i", "clip_t", "dino_masked", "diversity")
 CHOSEN, COST = "chosen.json", "cost.json"
 COUNTED = "--trainer.callbacks+=pig.training.costs.Costs"
 
@@ -47,7 +49,10 @@ class Entry:
             return config.base
         if method.kind == "blended":
             return f"dreamblend:{config.folder() / method.of / 'models'}"
-        return str(self.folder / ("model" if method.kind == "trained" else "models"))
+        name, source = config.weights_of(self.method)
+        if source.kind == "tuned":
+            return str(config.folder() / name / "models")
+        return str(training_folder(config, name, self.budget, self.seed) / "model")
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,23 @@ class Condition:
         return self.name.replace(", ", "_").replace(" ", "_")
 
 
+def training_folder(config: Tournament, method: str, budget: str, seed: int) -> Path:
+    return config.folder() / method / budget / str(seed)
+
+
 def entries(config: Tournament) -> list[Entry]:
     found = []
     for name, method in config.methods.items():
-        top = config.folder() / name
-        if method.kind != "trained":
-            found.append(Entry(name, TUNED if method.kind != "base" else "", config.seeds[0], top))
+        if config.weights_of(name)[1].kind != "trained":
+            budget = TUNED if method.kind != "base" else ""
+            found.append(Entry(name, budget, config.seeds[0], config.folder() / name))
             continue
-        budgets = [SAMPLES, *([TIME] if config.same_time and name != config.against else [])]
-        found += [Entry(name, budget, seed, top / budget / str(seed)) for budget in budgets for seed in config.seeds]
+        timed = config.same_time and method.kind == "trained" and name != config.against
+        found += [
+            Entry(name, budget, seed, training_folder(config, name, budget, seed))
+            for budget in (SAMPLES, *([TIME] if timed else []))
+            for seed in config.seeds
+        ]
     return found
 
 
@@ -79,9 +92,10 @@ def conditions(config: Tournament, entry: Entry) -> list[Condition]:
     """Those that an entry is drawn in; the first one is the one that all have."""
     method = config.methods[entry.method]
     subjects = config.path(config.subjects)
-    if method.kind != "trained":  # tuned on all pictures, or on none
+    if config.weights_of(entry.method)[1].kind != "trained":  # tuned on all pictures, or on none
         return [Condition("", subjects)]
-    of = [(count, (f"--references_per_subject={count}",)) for count in config.references]
+    counts = method.references or config.references
+    of = [(count, (f"--references_per_subject={count}",)) for count in counts]
     found = [Condition(pictures(count, "whole"), subjects, words) for count, words in of]
     if entry.budget == TIME:
         return found[:1]
@@ -91,6 +105,26 @@ def conditions(config: Tournament, entry: Entry) -> list[Condition]:
         words = (*found[0].words, *config.split(method.common))
         found.append(Condition(f"{found[0].name}, common guidance", subjects, words))
     return found
+
+
+def name_of(method: str, budget: str) -> str:
+    return f"{method}, equal time" if budget == TIME else method
+
+
+def check_claims(config: Tournament) -> None:
+    """
+    Raises:
+        InputError: a claim names an entry, a score or a kind of prompt that there will not be.
+    """
+    named = []
+    for one in entries(config):
+        name = name_of(one.method, one.budget)
+        named += [name, *(f"{name}, {given.name}" for given in conditions(config, one) if given.name)]
+    for number, claim in enumerate(config.claims):
+        for key in ("higher", "lower"):
+            check_named(f"claims[{number}].{key}", getattr(claim, key), list(dict.fromkeys(named)))
+        check_named(f"claims[{number}].score", claim.score, SCORES)
+        check_named(f"claims[{number}].prompts", claim.prompts, ("", *get_args(PromptKind)))
 
 
 def pictures(count: int, what: str) -> str:
@@ -116,7 +150,7 @@ def steps_of(config: Tournament, entry: Entry) -> int:
     if entry.budget == SAMPLES:
         return max(1, config.samples // batch)
     ours, theirs = (
-        seconds_per_sample(cost_of(config.methods[name], config.folder() / name / SAMPLES / str(config.seeds[0])))
+        seconds_per_sample(cost_of(config.methods[name], training_folder(config, name, SAMPLES, config.seeds[0])))
         for name in (config.against, entry.method)
     )
     return max(1, round(config.samples * ours / theirs / batch))
@@ -199,7 +233,7 @@ def trials(config: Tournament) -> list[Chain]:
     firsts = {one.method: one for one in reversed(entries(config)) if one.budget != TIME}
     for name, method in config.methods.items():
         model = firsts[name].model(config)
-        if method.kind in ("tuned", "blended"):
+        if config.weights_of(name)[1].kind == "tuned":
             model = model.removesuffix("models") + "validation"
         condition = Condition("", config.path(config.validation), conditions(config, firsts[name])[0].words)
         for number, line in enumerate(method.trials):

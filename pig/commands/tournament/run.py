@@ -63,6 +63,7 @@ def tournament(
             raise InputError(f"--also: {folder} holds no images SUBJECT/PROMPT_INDEX/SEED.png")
     if len({folder.resolve().name for folder in guests} - told.methods.keys()) < len(guests):
         raise InputError("--also: folders of the same name, or of a method's: rename them")
+    plan.check_claims(told)
     check_folder(told.folder())
     if dry_run:
         print_plan(told, guests)

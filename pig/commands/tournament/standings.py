@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from pig.commands.tournament import plan
-from pig.commands.tournament.config import Tournament
+from pig.commands.tournament.config import Claim, Tournament
 from pig.errors import InputError, check_kinds
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.files import read_json
 
-SCORES = ("dino", "clip_i", "clip_t", "dino_masked", "diversity")
 COMPARED = ("dino", "clip_t")
 DRAWS = 10_000  # of the bootstrap
+LEVEL = 0.05  # of p, below which a claim is told
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Standing:
 
     @property
     def name(self) -> str:
-        return f"{self.method}, equal time" if self.budget == plan.TIME else self.method
+        return plan.name_of(self.method, self.budget)
 
     def per_subject(self, score: str, kind: str = "") -> dict[str, float]:
         """Subject -> its mean over images, then over training seeds. kind: of prompts; all by default."""
@@ -109,6 +109,38 @@ class Gap:
     p: float
 
 
+@dataclass(frozen=True)
+class Tested:
+    """A claim beside what was found: the difference of its two entries, of which `p` is corrected for all claims."""
+
+    claim: Claim
+    gap: Gap
+
+    @property
+    def verdict(self) -> str:
+        if self.gap.p >= LEVEL:
+            return "cannot be told"
+        return "holds" if self.gap.mean > 0 else "does not hold"
+
+
+def judge(config: Tournament, standings: Sequence[Standing]) -> list[Tested]:
+    """
+    Raises:
+        InputError: no image has the score of a claim.
+    """
+    found, of = [], {name: one for one in reversed(standings) for name in (one.name, f"{one.name}, {one.condition}")}
+    for number, one in enumerate(config.claims):
+        high, low = (of[name].per_subject(one.score, one.prompts) for name in (one.higher, one.lower))
+        pairs = [high[subject] - low[subject] for subject in high if subject in low]
+        if not pairs:
+            raise InputError(
+                f"claims[{number}]: no image has the score {one.score} for prompts {one.prompts or '(all)'}"
+            )
+        found.append((f"{one.higher} - {one.lower}", one.score, fmean(pairs), *interval(pairs), sign_flip_p(pairs)))
+    p_values = holm([one[-1] for one in found])
+    return [Tested(one, Gap(*gap[:-1], p)) for one, gap, p in zip(config.claims, found, p_values, strict=True)]
+
+
 def gaps(against: Standing, others: Sequence[Standing], score: str, kind: str = "") -> list[Gap]:
     """Paired by subject; p corrected for the number of `others`."""
     base, found = against.per_subject(score, kind), []
@@ -143,19 +175,19 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
     training_*: of the equal-samples training, mean over seeds. tuning_*: of a subject, mean over subjects.
     """
     rows = []
-    for name, method in config.methods.items():
+    for name in config.methods:
         top = config.folder() / name
         picture = read_json(top / "picture.json", f"{top} lacks picture.json: start the tournament again")
         counts = ("trained_weights", "flops_per_picture", "peak_memory_bytes")
         check_kinds(picture, {**dict.fromkeys(counts, int), "seconds_per_picture": float}, str(top / "picture.json"))
         row: dict[str, Any] = {"method": name, "trained_weights": picture["trained_weights"]}
-        if method.kind == "trained":
-            runs = [plan.cost_of(method, top / plan.SAMPLES / str(seed)) for seed in config.seeds]
-            row |= training_costs(runs)
-        elif method.kind in ("tuned", "blended"):
-            tuned = config.methods[method.of] if method.of else method
-            subjects = sorted((config.folder() / (method.of or name) / "models").glob("*/step-*"))
-            found = training_costs([plan.cost_of(tuned, one) for one in dict.fromkeys(one.parent for one in subjects)])
+        made_by, source = config.weights_of(name)
+        if source.kind == "trained":
+            runs = [plan.training_folder(config, made_by, plan.SAMPLES, seed) for seed in config.seeds]
+            row |= training_costs([plan.cost_of(source, run) for run in runs])
+        elif source.kind == "tuned":
+            subjects = sorted((config.folder() / made_by / "models").glob("*/step-*"))
+            found = training_costs([plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in subjects)])
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
         rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
     return rows
