@@ -21,6 +21,7 @@ def flops_per_sample(module: PersonalisationModule, data: PersonalisationData) -
     """Of a sample's forward and backward passes and its encoding; counted on the meta device, nothing is computed."""
     _ = module.encoders_digest  # of the weights themselves
     with on_meta(module), nothing_dropped(module), torch.compiler.set_stance("force_eager"):
+        module.float()  # autocast, which lets frozen weights be of another precision, does not reach the meta device
         batch = blank_batch(module, data, 1)
         return flops_of(lambda: module.losses(batch, training=True)[0].mean().backward())
 

@@ -17,7 +17,7 @@ from pig.costs import flops_of
 from pig.data.modules import TripletDataModule
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
-from pig.training.costs import Costs
+from pig.training.costs import Costs, flops_per_sample
 
 
 def fit(toy_data: Path, out: Path, steps: int, *, callbacks: list[Any], **more: Any) -> BootPIG:
@@ -43,6 +43,11 @@ def test_what_a_training_costs(toy_data, tmp_path) -> None:
     assert resumed["samples"] == 6
     assert resumed["seconds"] > first["seconds"]
     assert resumed["flops_per_sample"] == first["flops_per_sample"]
+    frozen = [weight for weight in module.parameters() if not weight.requires_grad]
+    for weight in frozen:  # as bf16-mixed keeps them
+        weight.data = weight.data.bfloat16()
+    assert flops_per_sample(module, module.trainer.datamodule) == first["flops_per_sample"]
+    assert all(weight.dtype == torch.bfloat16 for weight in frozen)
 
 
 @pytest.mark.slow
