@@ -52,6 +52,13 @@ BASE = {"text_guidance": 3.0, "num_inference_steps": 20}  # the base model's usu
 SAMPLING_BATCH = 8
 PRECISION = "bf16-mixed" if half_is_fast("cpu") else "32-true"
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
+# The other embedded models, which draw the grid's subjects only, from one reference: a column's head, settings.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ezigen": ("EZIGen", {"image_guidance": 3.0}),
+    "instantbooth": ("InstantBooth", {"text_guidance": 3.0}),
+    "ip_adapter": ("IP-Adapter", {"text_guidance": 3.0}),
+}
+SHOWN = 8  # subjects of the grid
 COLUMNS = (
     "reference",
     "reference",
@@ -60,6 +67,7 @@ COLUMNS = (
     "before training",
     "trained, 1 ref.",
     "trained, 3 refs.",
+    *(head for head, _ in OTHERS.values()),
 )
 
 console = Console()
@@ -192,6 +200,13 @@ def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     ):
         cutouts = cut_out_all(subjects, references)
         draw_jobs(pipeline, jobs, cutouts, condition_folder(out, name), settings, batch_size=SAMPLING_BATCH)
+    for name, (_, settings) in OTHERS.items():
+        pipeline, told = (
+            load_pipeline(f"{TOYWORLD}/{name}"),
+            {**settings, "num_inference_steps": BASE["num_inference_steps"]},
+        )
+        folder = condition_folder(out, name)
+        draw_jobs(pipeline, grid_jobs(jobs), cut_out_all(subjects, 1), folder, told, batch_size=SAMPLING_BATCH)
     draw_truth(jobs, condition_folder(out, "upper_bound"))
 
 
@@ -230,11 +245,16 @@ def summarise(scores: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def draw_grid(out: Path, subjects: Sequence[SubjectFolder], count: int = 8) -> None:
+def grid_jobs(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The first seed's of the first subjects."""
+    return jobs[:: len(SEEDS)][:SHOWN]
+
+
+def draw_grid(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     rows = []
-    for job in held_out_jobs(subjects, SEEDS)[:: len(SEEDS)][:count]:
+    for job in grid_jobs(held_out_jobs(subjects, SEEDS)):
         file = Path(job.subject.name) / str(job.prompt_index) / f"{job.seed}.png"
-        drawn = [load_image(condition_folder(out, name) / file) for name in CONDITIONS[:4]]
+        drawn = [load_image(condition_folder(out, name) / file) for name in (*CONDITIONS[:4], *OTHERS)]
         rows.append((job.prompt, [*(load_image(path) for path in job.subject.images[:3]), *drawn]))
     labelled_grid(COLUMNS, rows).save(out / "grid.png")
 
