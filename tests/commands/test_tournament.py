@@ -108,6 +108,7 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
         (["against=dreambooth"], "equal time is that of a trained method"),
         (["methods.base.of=bootpig"], "methods.base.of: only methods of kind blended and again"),
         (["methods.again.kind=again", "methods.again.of=base"], "methods.again.of: name a trained or tuned method"),
+        (["methods.bootpig.seeds=[-1]"], "methods.bootpig.seeds: from 0"),
         (["methods.bootpig.references=[0]"], "each of methods.bootpig.references must be at least 1"),
         (["against=x"], "against 'x' is none of bootpig"),
         (["methods.bootpig.kind=x"], "methods.bootpig.kind 'x' is none of trained"),
@@ -135,8 +136,28 @@ def test_one_draws_again_with_the_weights_of_another(config, tmp_path) -> None:
     assert all("--references_per_subject=4" in words for words in drawn)
     of_tuned = ["methods.early.kind=again", "methods.early.of=dreambooth", "methods.early.drawn=--step=5"]
     drawn = words_of(plan.drawings(load_config(CONFIG, [f"out={tmp_path}", *of_tuned])))
-    (early,) = [words for words in drawn if "generate" in words and "--step=5" in words]
-    assert f"--model={tmp_path}/dreambooth/models" in early
+    early = [words for words in drawn if "generate" in words and "--step=5" in words]
+    assert [f"--model={tmp_path}/dreambooth/tuned/{seed}/models" in early[seed] for seed in (0, 1)] == [True, True]
+    less = ["methods.bootpig.seeds=[7]", "methods.dreambooth.seeds=[8]"]
+    seeds = {(one.method, one.seed) for one in plan.entries(load_config(CONFIG, [f"out={tmp_path}", *AGAIN, *less]))}
+    assert {seed for name, seed in seeds if name in ("bootpig", "mean")} == {7}
+    assert {seed for name, seed in seeds if name in ("dreambooth", "dreamblend")} == {8}
+    assert {seed for name, seed in seeds if name == "ezigen"} == {0, 1}
+
+
+def test_tuned_methods_have_as_many_seeds(config, tmp_path) -> None:
+    told = load_config(CONFIG, [f"out={tmp_path}", "validation=v", "methods.dreamblend.trials=[--early=1]"])
+    words = [words for words in words_of(plan.tunings(told)) if "--config=configs/dreambooth/toyworld.yaml" in words]
+    seeds = [word for one in words for word in one if word.startswith(("--seed_everything", "--subjects"))]
+    benchmark = f"--subjects={tmp_path}/data/subjects"
+    assert seeds == [
+        "--seed_everything=0",
+        benchmark,
+        "--seed_everything=0",
+        "--subjects=v",
+        "--seed_everything=1",
+        benchmark,
+    ]
 
 
 def claims(**changed: str) -> str:

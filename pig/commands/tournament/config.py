@@ -28,7 +28,7 @@ class Method:
         config: the experiment, of a trained or tuned one.
         words: of `fit` or `tune`, over the config.
         of: the trained or tuned method whose weights a blended one or one of kind `again` draws with.
-        references: in place of the tournament's.
+        references, seeds: in place of the tournament's. Of kinds that draw with another's weights, its seeds.
         drawn: words of `generate`.
         trials: words of `generate`, one line for each trial on the validation subjects, the best of which is taken. All
             methods that have any have the same number.
@@ -40,6 +40,7 @@ class Method:
     words: str = ""
     of: str = ""
     references: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     drawn: str = ""
     trials: list[str] = field(default_factory=list)
     common: str = ""
@@ -82,7 +83,7 @@ class Tournament:
         scorer: a config of `evaluate`.
         samples: that each method is trained on.
         same_time: whether each is also trained for as long as `against` took for its samples.
-        seeds: of training.
+        seeds: of training and tuning.
         fit: words of every `fit`; drawing: of every `generate`.
         against: the method that all others are compared with.
         claims: to be tested by what is found.
@@ -125,6 +126,10 @@ class Tournament:
         name = self.methods[name].of or name
         return name, self.methods[name]
 
+    def seeds_of(self, name: str) -> list[int]:
+        """Of the weights that a method draws with."""
+        return self.weights_of(name)[1].seeds or self.seeds
+
     def batch_size(self, method: Method) -> int:
         """Samples of a step, by the words of `fit` or else the config."""
         words = [*self.split(self.fit), *self.split(method.words)]
@@ -155,8 +160,6 @@ def _check(config: Tournament) -> None:
         raise InputError(f"base={config.base}: give it as `generate --model` takes a base model, base:NAME")
     if not Path(config.scorer).is_file():
         raise InputError(f"scorer={config.scorer}: no such file")
-    if not all(0 <= seed < SEEDS for seed in config.seeds):
-        raise InputError("seeds: from 0 to 2^32 - 1")
     check_ranges(samples=(config.samples, 1, 10**12))
     for line in (*config.data, config.fit, config.drawing):
         config.split(line)
@@ -165,12 +168,15 @@ def _check(config: Tournament) -> None:
     for name, numbers in {
         "seeds": config.seeds,
         "references": config.references,
+        **{f"methods.{name}.seeds": method.seeds for name, method in config.methods.items()},
         **{f"methods.{name}.references": method.references for name, method in config.methods.items()},
     }.items():
         if len(set(numbers)) < len(numbers):
             raise InputError(f"{name}: each number once")
-        if name != "seeds" and min(numbers, default=1) < 1:
+        if name.endswith("references") and min(numbers, default=1) < 1:
             raise InputError(f"each of {name} must be at least 1")
+        if name.endswith("seeds") and not all(0 <= seed < SEEDS for seed in numbers):
+            raise InputError(f"{name}: from 0 to 2^32 - 1")
     for name, method in config.methods.items():
         check_named(f"methods.{name}.kind", method.kind, KINDS)
         if not name.replace("_", "").isalnum() or name in TAKEN:

@@ -58,7 +58,7 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     tables = all_tables(config, standings, first, costs)
     results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
     lead = [Section(name, tables=[table], note=note) for name, table, note in tables]
-    behind = [section.title for section in lead].index("Standings") + 1
+    behind = [section.heading for section in lead].index("Standings") + 1
     lead.insert(behind, Section("The plane", figure_of(plane(first))))
     lead.append(Section("Scores over costs", figure_of(scatter(first, costs))))
     write_report(

@@ -15,6 +15,7 @@ from pig.mistakes import read_config
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
 SCORES = ("dino", "clip_i", "clip_t", "dino_masked", "diversity")
+MODELS, VALIDATION = "models", "validation"  # folders of tuned models: of the benchmark, of the trials
 CHOSEN, COST = "chosen.json", "cost.json"
 COUNTED = "--trainer.callbacks+=pig.training.costs.Costs"
 
@@ -35,7 +36,8 @@ Chain = Sequence[Step]  # one after the other; chains of a stage are independent
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that takes part. budget: what its training's length is equal in. folder: of all that is its own."""
+    """A model that takes part. budget: what its training's length is equal in. folder: of all that is its own, the
+    training or tuning that its method stands for included."""
 
     method: str
     budget: str
@@ -47,12 +49,11 @@ class Entry:
         method = config.methods[self.method]
         if method.kind == "base":
             return config.base
-        if method.kind == "blended":
-            return f"dreamblend:{config.folder() / method.of / 'models'}"
         name, source = config.weights_of(self.method)
+        made = training_folder(config, name, self.budget, self.seed)
         if source.kind == "tuned":
-            return str(config.folder() / name / "models")
-        return str(training_folder(config, name, self.budget, self.seed) / "model")
+            return f"{'dreamblend:' if method.kind == 'blended' else ''}{made / MODELS}"
+        return str(made / "model")
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,15 @@ def training_folder(config: Tournament, method: str, budget: str, seed: int) -> 
 def entries(config: Tournament) -> list[Entry]:
     found = []
     for name, method in config.methods.items():
-        if config.weights_of(name)[1].kind != "trained":
-            budget = TUNED if method.kind != "base" else ""
-            found.append(Entry(name, budget, config.seeds[0], config.folder() / name))
+        if method.kind == "base":
+            found.append(Entry(name, "", config.seeds[0], config.folder() / name))
             continue
         timed = config.same_time and method.kind == "trained" and name != config.against
+        own = SAMPLES if config.weights_of(name)[1].kind == "trained" else TUNED
         found += [
             Entry(name, budget, seed, training_folder(config, name, budget, seed))
-            for budget in (SAMPLES, *([TIME] if timed else []))
-            for seed in config.seeds
+            for budget in (own, *([TIME] if timed else []))
+            for seed in config.seeds_of(name)
         ]
     return found
 
@@ -150,7 +151,9 @@ def steps_of(config: Tournament, entry: Entry) -> int:
     if entry.budget == SAMPLES:
         return max(1, config.samples // batch)
     ours, theirs = (
-        seconds_per_sample(cost_of(config.methods[name], training_folder(config, name, SAMPLES, config.seeds[0])))
+        seconds_per_sample(
+            cost_of(config.methods[name], training_folder(config, name, SAMPLES, config.seeds_of(name)[0]))
+        )
         for name in (config.against, entry.method)
     )
     return max(1, round(config.samples * ours / theirs / batch))
@@ -209,12 +212,14 @@ def tunings(config: Tournament) -> list[Chain]:
         method = config.methods[one.method]
         if method.kind == "tuned":
             tried = method.trials or any(other.of == one.method and other.trials for other in config.methods.values())
-            sets = {"models": config.subjects} | ({"validation": config.validation} if tried else {})
-            words = ("pig.cli", "tune", f"--config={method.config}", *config.split(method.words), COUNTED)
+            first = one.seed == config.seeds_of(one.method)[0]
+            sets = {MODELS: config.subjects} | ({VALIDATION: config.validation} if tried and first else {})
+            seed = f"--seed_everything={one.seed}"
+            words = ("pig.cli", "tune", f"--config={method.config}", seed, *config.split(method.words), COUNTED)
             found.append(
                 [
                     Step(
-                        f"{one.method}/tune_{name}",
+                        f"{one.folder.relative_to(config.folder())}/tune_{name}",
                         (*words, f"--subjects={config.path(subjects)}", f"--out={one.folder / name}"),
                     )
                     for name, subjects in sets.items()
@@ -234,7 +239,7 @@ def trials(config: Tournament) -> list[Chain]:
     for name, method in config.methods.items():
         model = firsts[name].model(config)
         if config.weights_of(name)[1].kind == "tuned":
-            model = model.removesuffix("models") + "validation"
+            model = model.removesuffix(MODELS) + VALIDATION
         condition = Condition("", config.path(config.validation), conditions(config, firsts[name])[0].words)
         for number, line in enumerate(method.trials):
             folder = trial_folder(config, name, number)

@@ -183,11 +183,11 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": name, "trained_weights": picture["trained_weights"]}
         made_by, source = config.weights_of(name)
         if source.kind == "trained":
-            runs = [plan.training_folder(config, made_by, plan.SAMPLES, seed) for seed in config.seeds]
+            runs = [plan.training_folder(config, made_by, plan.SAMPLES, seed) for seed in config.seeds_of(name)]
             row |= training_costs([plan.cost_of(source, run) for run in runs])
         elif source.kind == "tuned":
-            subjects = sorted((config.folder() / made_by / "models").glob("*/step-*"))
-            found = training_costs([plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in subjects)])
+            steps = sorted((config.folder() / made_by / plan.TUNED).glob(f"*/{plan.MODELS}/*/step-*"))
+            found = training_costs([plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in steps)])
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
         rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
     return rows
