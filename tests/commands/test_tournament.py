@@ -16,15 +16,19 @@ import pytest
 import yaml
 
 from pig import cli
+from pig.arguments import parse
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament, load_config
+from pig.commands.tournament.estimate import estimate
 from pig.commands.tournament.run import claim, is_done, record_of
 from pig.commands.tournament.standings import Standing, gaps, judge, ranks
 from pig.errors import InputError
 from pig.evaluation.results import Result
 from pig.methods import METHODS
+from pig.models.names import TOYWORLD
 
 CONFIG = Path("configs/tournament/toyworld.yaml")
+CLAIMS = sorted(Path("configs/claims").glob("*.yaml"))
 
 
 def words_of(chains: list[plan.Chain]) -> list[tuple[str, ...]]:
@@ -180,11 +184,29 @@ def test_claims_of_what_will_not_be_there(tmp_path, changed, message) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs/claims").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.stem)
 def test_the_papers_claims_are_of_what_will_be_there(tmp_path, file) -> None:
     told = load_config(file, [f"out={tmp_path}"])
     plan.check_claims(told)
     assert told.claims
+
+
+@pytest.mark.parametrize("file", [*CLAIMS, CONFIG], ids=lambda file: file.stem)
+def test_generate_takes_the_words_of_trained_methods(tmp_path, file) -> None:
+    """Those of all trials and conditions, as the embedded model of the same method takes them."""
+    told = load_config(file, [f"out={tmp_path}"])
+    lines = []
+    for one in plan.entries(told):
+        method, (_, source) = told.methods[one.method], told.weights_of(one.method)
+        if source.kind == "trained":
+            model = f"--model={TOYWORLD}/{Path(source.config).parent.name}".removesuffix("/bootpig")
+            for trial in method.trials or [""]:
+                for given in plan.conditions(told, one):
+                    words = told.split(f"{method.drawn} {trial} {told.drawing}")
+                    lines.append((model, "--subjects=s", "--out=o", *words, *given.words))
+    for line in dict.fromkeys(lines):
+        parse("generate", cli.COMMANDS["generate"][0], list(line))
+    assert len(lines) > 1 or file.stem == "dreamblend"
 
 
 def test_bad_input(tmp_path) -> None:
@@ -220,6 +242,27 @@ def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
     assert "python -m data_gen subjects" in said
     assert said.count("python -m pig.cli fit") == 8
     assert not (tmp_path / "out").exists()
+
+
+def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -> None:
+    given = [f"out={tmp_path}", "seeds=[0]", f"subjects={toy_data / 'subjects'}", "references=[1]", "drawing=--steps=4"]
+    config = load_config(CONFIG, given)
+    kept = ("bootpig", "dreambooth", "dreamblend", "base")
+    config.methods = {name: config.methods[name] for name in kept}
+    rows = dict(estimate(config))
+    passes = {
+        name: float(re.match(r"[\d.,]+", rows[f"{name}: a picture of 4 steps"])[0])  # type: ignore[index]
+        for name in kept
+    }
+    assert 8 <= passes["base"] < 9  # two branches, and what is no UNet
+    assert passes["base"] == passes["dreambooth"] < passes["bootpig"] < 4 * passes["base"]
+    assert passes["dreamblend"] > 2 * passes["base"]
+    (total,) = (value for name, value in rows.items() if name.endswith("sets; all"))
+    counts = re.fullmatch(r"([\d.]+) EFLOP \(training ([\d.]+), tuning ([\d.]+), pictures ([\d.]+)\)", total)
+    assert counts is not None
+    whole, *parts = map(float, counts.groups())
+    assert whole == pytest.approx(sum(parts), abs=0.02)
+    assert min(parts) > 0
 
 
 # -- what is made of results ------------------------------------------------------------------------------------------
