@@ -61,11 +61,13 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     behind = [section.heading for section in lead].index("Standings") + 1
     lead.insert(behind, Section("The plane", figure_of(plane(first))))
     lead.append(Section("Scores over costs", figure_of(scatter(first, costs))))
+    trained = any(method.kind == "trained" for method in config.methods.values())
+    length = f"; trained on {config.samples:,} samples each" if trained else ""
     write_report(
         results,
         config.folder(),
         title="Tournament",
-        summary=[f"{len(config.methods)} methods on {config.base}, {config.samples} training samples each."],
+        summary=[f"{len(config.methods)} methods on {config.base}{length}."],
         lead=lead,
     )
     out = config.folder()

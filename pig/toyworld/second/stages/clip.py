@@ -21,7 +21,6 @@ from pig.toyworld.second.captions import (
     all_captions,
     any_scene,
     caption_of,
-    embed_captions,
     facts_of,
     make_tokenizer,
     render,
@@ -101,7 +100,8 @@ class VisionStage(Stage):
     """Bring CLIP's image tower, the slower learner, up to its text tower, which stays as `clip` left it.
 
     Every picture is held against all captions of each kind: category with place, with colour, and with what is worn
-    (LiT, arXiv 2111.07991, with the whole vocabulary in place of the batch).
+    (LiT, arXiv 2111.07991, with the whole vocabulary in place of the batch). The projection of texts, of which the base
+    model's text encoder has no part, learns, too.
     """
 
     steps, batch_size, lr = 3000, 128, 1e-3
@@ -112,11 +112,11 @@ class VisionStage(Stage):
         self.tokenizer = CLIPTokenizer.from_pretrained(weights)
         self.clip = CLIPModel.from_pretrained(weights, dtype=torch.float32, attn_implementation="eager")
         self.clip.text_model.requires_grad_(False)
-        self.clip.text_projection.requires_grad_(False)
         kinds = all_captions()
         self.counts = [len(texts) for texts in kinds]
-        embeds = embed_captions(self.clip, self.tokenizer, [text for texts in kinds for text in texts])
-        self.register_buffer("captions", embeds, persistent=False)
+        ids = tokenize(self.tokenizer, [text for texts in kinds for text in texts])
+        with torch.no_grad():
+            self.register_buffer("texts", self.clip.text_model(ids).pooler_output, persistent=False)
 
     def dataset(self) -> Dataset[Any]:
         scenes = [any_scene(seed) for seed in range(self.scenes)]
@@ -129,7 +129,8 @@ class VisionStage(Stage):
         if torch.rand(()) < 0.5:
             pixels = pixels.flip(3)
         embeds = F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
-        places, colours, worn = (self.clip.logit_scale.exp() * embeds @ self.captions.T).split(self.counts, dim=1)
+        captions = F.normalize(self.clip.text_projection(self.texts).float(), dim=-1)
+        places, colours, worn = (self.clip.logit_scale.exp() * embeds @ captions.T).split(self.counts, dim=1)
         category, place, colour, wears = facts.unbind(1)
         of_worn = category * (worn.shape[1] // len(CATEGORIES)) + wears
         self.log("category", (places.argmax(1) // len(PLACES) == category).float().mean(), prog_bar=True)
