@@ -164,6 +164,11 @@ def read_subject(folder: Path, class_noun: str = "") -> SubjectFolder:
     return SubjectFolder(folder.name, class_noun.strip(), images, ())
 
 
+def is_benchmark(prompts_file: Path) -> bool:
+    """Whether a file of prompts is a benchmark's, with subjects and lists of prompts; else it has a prompt a line."""
+    return HEADING.search(_read_text(prompts_file, prompts_file.parent)) is not None
+
+
 def plain_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one a line; `{0}` and `{1}` stand for identifier and class noun.
 

@@ -93,19 +93,26 @@ def test_claims_tell_fit_what_their_methods_are_called(monkeypatch, tmp_path, fi
     made = parse(monkeypatch, *(word for word in step.words[2:] if not word.startswith("--trainer.callbacks")), *HERE)
     assert made.trainer.max_steps == 400
     model, augmentation = made.model.hparams, made.datamodule.augmentation
-    trained = {group for group, rate in made.model.learning_rates.items() if rate > 0}
-    if name == "rsa_only":
-        assert trained == {"rsa"}
-    elif name == "reference_unet_only":
-        assert trained == {"reference_unet"}
-    elif name == "no_augmentation":
-        assert (tuple(augmentation.scale), augmentation.flip) == ((1, 1), 0)
-    elif "_t_" in name:
-        wanted = None if name == "trained_adaptive_t" else int(name.rpartition("_")[2])
-        assert model["reference_timestep"] == wanted
-    elif Path(file).stem == "instantbooth" and name != "full":
-        told = yaml.safe_load(Path(f"configs/instantbooth/{name}.yaml").read_text()).get("model", {"init_args": {}})
-        assert told["init_args"].items() <= dict(model).items()
+    method, trained = made.model.method, {name for name, rate in made.model.learning_rates.items() if rate > 0}
+    if method == "bootpig":
+        only = {"rsa_only": {"rsa"}, "reference_unet_only": {"reference_unet"}}
+        assert trained == only.get(name, {"reference_unet", "rsa"})
+        assert {rate for rate in made.model.learning_rates.values() if rate > 0} == {5e-4}
+        assert model["reference_timestep"] == {"trained_t_1": 1}.get(name)
+        expected = ((1, 1), 0) if name == "no_augmentation" else ((0.6, 1.0), 0.5)
+        assert (tuple(augmentation.scale), augmentation.flip) == expected
+    elif method == "ezigen":
+        assert model["reference_timestep"] == (1 if name == "everywhere" else int(name.removeprefix("frozen_t_")))
+    else:
+        assert method == "instantbooth"
+        row = (
+            {}
+            if name in ("full", "clip_features")
+            else yaml.safe_load(Path(f"configs/{method}/{name}.yaml").read_text())
+        )
+        for key, value in row.get("model", {"init_args": {}})["init_args"].items():
+            assert model[key] == value
+        assert (augmentation.background == "black") == (name != "no_train_mask")
 
 
 def test_the_papers_setting() -> None:

@@ -110,7 +110,8 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
         (["methods.data.kind=base"], "'data' is no name"),
         (["methods.dreamblend.of=bootpig"], "methods.dreamblend.of: name a tuned method"),
         (["against=dreambooth"], "equal time is that of a trained method"),
-        (["methods.base.of=bootpig"], "methods.base.of: only methods of kind blended and again"),
+        (["methods.base.of=bootpig"], "methods.base.of: a method of kind base does not read it"),
+        (["methods.dreamblend.seeds=[1]"], "methods.dreamblend.seeds: a method of kind blended does not read it"),
         (["methods.again.kind=again", "methods.again.of=base"], "methods.again.of: name a trained or tuned method"),
         (["methods.bootpig.seeds=[-1]"], "methods.bootpig.seeds: from 0"),
         (["methods.bootpig.references=[0]"], "each of methods.bootpig.references must be at least 1"),
@@ -175,12 +176,20 @@ def claims(**changed: str) -> str:
         ({"higher": "x"}, r"claims\[0\].higher 'x' is none of bootpig, bootpig, 1 whole picture, "),
         ({"lower": "bootpig, 1 partial picture"}, r"claims\[0\].lower 'bootpig, 1 partial picture' is none of"),
         ({"score": "fid"}, r"claims\[0\].score 'fid' is none of dino"),
-        ({"prompts": "long"}, r"claims\[0\].prompts 'long' is none of , scene"),
+        ({"prompts": "long"}, r"claims\[0\].prompts 'long' is none of scene"),
+        ({"lower": "bootpig, 1 whole picture"}, r"claims\[0\]: higher and lower are the same"),
+        ({"score": "diversity", "more": "drawing=--images_per_prompt=1"}, r"claims\[0\]: diversity needs two images"),
+        ({"prompts": "plain", "more": "prompts=FILE"}, r"claims\[0\].prompts 'plain' is none of property, scene"),
+        ({"score": "dino_masked", "more": "scorer=FILE"}, r"claims\[0\]: dino_masked needs a segmenter"),
     ],
 )
 def test_claims_of_what_will_not_be_there(tmp_path, changed, message) -> None:
+    more = changed.pop("more", "against=bootpig")
+    file = tmp_path / "file"
+    file.write_text("a {0} {1} on a beach\na red {0} {1}\n" if more.startswith("prompts") else "clip: toyworld\n")
+    given = [f"out={tmp_path / 'out'}", more.replace("FILE", str(file)), claims(**changed)]
     with pytest.raises(InputError, match=message):
-        cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'out'}", claims(**changed)])
+        cli.run(["tournament", str(CONFIG), *given])
     assert not (tmp_path / "out").exists()
 
 
@@ -222,8 +231,12 @@ def test_bad_input(tmp_path) -> None:
 def test_a_folder_holds_one_tournament(tmp_path) -> None:
     claim(load_config(CONFIG, [f"out={tmp_path}"]))
     claim(load_config(CONFIG, [f"out={tmp_path}"]))
-    with pytest.raises(InputError, match="was begun with other settings; now it has `samples: 64`"):
+    with pytest.raises(InputError, match="was begun with other settings: samples was 19200, now it is 64"):
         claim(load_config(CONFIG, [f"out={tmp_path}", "samples=64"]))
+    with pytest.raises(InputError, match=r"seeds was \[0, 1\], now it is \[0\]"):
+        claim(load_config(CONFIG, [f"out={tmp_path}", "seeds=[0]"]))
+    claim(load_config(CONFIG, [f"out={tmp_path}", claims()]))  # which change nothing that is made
+    claim(load_config(CONFIG, [f"out={tmp_path}"]))
 
 
 def test_a_step_is_done_by_its_own_words(tmp_path) -> None:
@@ -244,25 +257,52 @@ def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("file", [*CLAIMS, *CONFIG.parent.glob("*.yaml")], ids=lambda file: file.stem)
+def test_as_many_images_are_scored_as_drawn(tmp_path, file) -> None:
+    told = load_config(
+        file, [f"out={tmp_path}", *[f"methods.{name}.trials=[]" for name in load_config(file, []).methods]]
+    )
+    for chain in plan.drawings(told):
+        for draw, score in zip(chain[::2], chain[1::2], strict=False):
+            drawn = [word for word in draw.words if word.startswith("--images_per_prompt")]
+            assert [word for word in score.words if word.startswith("--images_per_prompt")] == drawn
+
+
 def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -> None:
-    given = [f"out={tmp_path}", "seeds=[0]", f"subjects={toy_data / 'subjects'}", "references=[1]", "drawing=--steps=4"]
-    config = load_config(CONFIG, given)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a {0} {1} on a beach\na red {0} {1}\n")
+    given = [f"subjects={toy_data / 'subjects'}", f"prompts={prompts}", "drawing=--steps=50 --images_per_prompt=3"]
+    config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", *given])
     kept = ("bootpig", "dreambooth", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}
+    config.methods["bootpig"].common = ""
     rows = dict(estimate(config))
-    passes = {
-        name: float(re.match(r"[\d.,]+", rows[f"{name}: a picture of 4 steps"])[0])  # type: ignore[index]
-        for name in kept
-    }
-    assert 8 <= passes["base"] < 9  # two branches, and what is no UNet
-    assert passes["base"] == passes["dreambooth"] < passes["bootpig"] < 4 * passes["base"]
-    assert passes["dreamblend"] > 2 * passes["base"]
-    (total,) = (value for name, value in rows.items() if name.endswith("sets; all"))
-    counts = re.fullmatch(r"([\d.]+) EFLOP \(training ([\d.]+), tuning ([\d.]+), pictures ([\d.]+)\)", total)
+
+    def passes(what: str) -> float:
+        return float(re.match(r"[\d.,]+", rows[what])[0].replace(",", ""))  # type: ignore[index]
+
+    plain, one, four = (
+        passes(f"{name}: a picture{given}")
+        for name, given in (("base", ""), ("bootpig", ", 1 whole picture"), ("bootpig", ", 4 whole pictures"))
+    )
+    assert 100 <= plain < 102  # two branches, and once what is no UNet
+    assert plain < one < four < 10 * plain
+    assert passes("dreamblend: a picture") > 2 * plain
+    (total,) = (key for key in rows if key.endswith("sets; all"))
+    assert (
+        total == f"{12 * 2 * 3 * 9:,} pictures in 9 sets; all"
+    )  # two of bootpig, one of each tuned, by two seeds; base
+    unit = float(rows["UNet, a forward pass"].split()[0]) * 1e12
+    counts = re.fullmatch(r"([\d.]+) EFLOP \(training ([\d.]+), tuning ([\d.]+), pictures ([\d.]+)\)", rows[total])
     assert counts is not None
-    whole, *parts = map(float, counts.groups())
-    assert whole == pytest.approx(sum(parts), abs=0.02)
-    assert min(parts) > 0
+    whole, training, tuning, drawing = map(float, counts.groups())
+    assert whole == pytest.approx(training + tuning + drawing, abs=0.02)
+    assert training == pytest.approx(2 * config.samples * passes("bootpig: a sample") * unit / 1e18, abs=0.01)
+    class_pictures = 12 * 100 * 20 * 2
+    tuned = 2 * 12 * 400 * 2 * passes("dreambooth: a sample") + class_pictures
+    assert tuning == pytest.approx(tuned * unit / 1e18, abs=0.01)
+    each = 2 * (one + four + passes("dreambooth: a picture") + passes("dreamblend: a picture")) + plain
+    assert drawing == pytest.approx(each * 72 * unit / 1e18, abs=0.01)
 
 
 # -- what is made of results ------------------------------------------------------------------------------------------
@@ -299,12 +339,12 @@ def test_means_are_over_images_then_training_seeds() -> None:
 
 def test_differences_are_paired_and_corrected() -> None:
     base, same, more = standing("base", LOW), standing("same", LOW), standing("more", [x + 0.1 for x in LOW])
-    found = {gap.name: gap for gap in gaps(base, [same, more], "dino")}
+    found = {gap.name: gap for gap in gaps([base], [same, more], "dino")}
     assert found["same"].mean == 0
     assert found["same"].p == 1
     assert found["more"].mean == pytest.approx(found["more"].low) == pytest.approx(0.1)
     assert found["more"].p < 0.01
-    alone = gaps(base, [more], "dino")[0]
+    alone = gaps([base], [more], "dino")[0]
     assert found["more"].p == pytest.approx(2 * alone.p)  # Holm, of two
 
 
@@ -319,9 +359,23 @@ def test_claims_hold_or_do_not_or_cannot_be_told(tmp_path) -> None:
     found = judge(config, [low, more, near])
     assert [one.verdict for one in found] == ["holds", "does not hold", "cannot be told"]
     assert [one.gap.mean for one in found] == pytest.approx([0.1, -0.1, 0])
+    alone = judge(replace(config, claims=config.claims[:1]), [low, more])[0]
+    assert found[0].gap.p == pytest.approx(3 * alone.gap.p)  # Holm, of three
     config.claims = [replace(config.claims[0], prompts="property")]
-    with pytest.raises(InputError, match=r"claims\[0\]: no image has the score dino for prompts property"):
-        judge(config, [low, more])
+    assert [one.verdict for one in judge(config, [low, more])] == ["not scored"]
+
+
+def test_a_claim_may_name_what_was_given(tmp_path) -> None:
+    first, second = (
+        replace(standing("bootpig", [x + step for x in LOW]), condition=name)
+        for name, step in (("1 whole picture", 0.0), ("4 whole pictures", 0.2))
+    )
+    config = load_config(CONFIG, [f"out={tmp_path}", claims(higher="bootpig, 4 whole pictures", lower="bootpig")])
+    (found,) = judge(config, [first, second])
+    assert found.gap.mean == pytest.approx(0.2)
+    of_four = replace(standing("mean", [x + 0.1 for x in LOW]), condition="4 whole pictures")
+    assert gaps([first, second], [of_four], "dino")[0].mean == pytest.approx(-0.1)  # to four, not to one
+    assert gaps([first], [of_four], "dino")[0].mean == pytest.approx(0.1)
 
 
 def test_ranks_know_what_they_do_not_know() -> None:

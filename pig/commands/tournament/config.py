@@ -9,12 +9,19 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from pig.commands.options import Output
 from pig.data.images import SEEDS
 from pig.errors import InputError, check_kinds, check_named, check_ranges
 from pig.mistakes import read_config, settings_from
 
 TAKEN = ("data", "records", "logs", "also")  # folders of a tournament
-KINDS = ("trained", "tuned", "blended", "again", "base")
+READ = {  # kind of method -> what it reads, besides `drawn` and `trials`
+    "trained": ("config", "words", "references", "seeds", "common"),
+    "tuned": ("config", "words", "seeds"),
+    "blended": ("of",),
+    "again": ("of", "references", "common"),
+    "base": (),
+}
 
 
 @dataclass
@@ -130,6 +137,15 @@ class Tournament:
         """Of the weights that a method draws with."""
         return self.weights_of(name)[1].seeds or self.seeds
 
+    def number(self, flag: str, default: int, text: str = "") -> int:
+        """What `--flag=N` says in `text`, or else in `drawing`."""
+        words = [*self.split(self.drawing), *self.split(text)]
+        given = [word.partition("=")[2] for word in words if word.startswith(f"--{flag}=")]
+        return int(given[-1]) if given and given[-1].isdigit() else default
+
+    def images_per_prompt(self) -> int:
+        return self.number("images_per_prompt", Output.images_per_prompt)
+
     def batch_size(self, method: Method) -> int:
         """Samples of a step, by the words of `fit` or else the config."""
         words = [*self.split(self.fit), *self.split(method.words)]
@@ -178,7 +194,7 @@ def _check(config: Tournament) -> None:
         if name.endswith("seeds") and not all(0 <= seed < SEEDS for seed in numbers):
             raise InputError(f"{name}: from 0 to 2^32 - 1")
     for name, method in config.methods.items():
-        check_named(f"methods.{name}.kind", method.kind, KINDS)
+        check_named(f"methods.{name}.kind", method.kind, tuple(READ))
         if not name.replace("_", "").isalnum() or name in TAKEN:
             raise InputError(f"methods: {name!r} is no name: letters, digits and _; not {', '.join(TAKEN)}")
         for line in (method.words, method.drawn, method.common, *method.trials):
@@ -186,9 +202,10 @@ def _check(config: Tournament) -> None:
         if method.kind in ("trained", "tuned"):
             _check_experiment(name, method)
             config.batch_size(method)
+        for key in ("config", "words", "of", "references", "seeds", "common"):
+            if getattr(method, key) and key not in READ[method.kind]:
+                raise InputError(f"methods.{name}.{key}: a method of kind {method.kind} does not read it")
         sources = {"blended": ("tuned",), "again": ("trained", "tuned")}.get(method.kind, ())
-        if not sources and method.of:
-            raise InputError(f"methods.{name}.of: only methods of kind blended and again draw with another's weights")
         if sources and (method.of not in config.methods or config.methods[method.of].kind not in sources):
             raise InputError(f"methods.{name}.of: name a {' or '.join(sources)} method, got {method.of!r}")
     check_named("against", config.against, tuple(config.methods))

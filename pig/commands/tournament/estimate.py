@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
@@ -19,61 +20,68 @@ from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods import load_pipeline, pipeline_class
 from pig.mistakes import read_config
-from pig.models.backbone import load_backbone, vae_scale
+from pig.models.backbone import Backbone, load_backbone, vae_scale
 from pig.models.names import TOYWORLD
 from pig.sampling.pipeline import SubjectPipeline
+from pig.sampling.settings import controls
 from pig.training.costs import flops_per_sample
 from pig.training.module import PersonalisationModule
 
 # Dense bf16 TFLOP/s by the makers' data sheets, and the share of it that trainings of such UNets reach.
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILISATION = 0.35
-COUNTED_STEPS = 5  # of a picture
+COUNTED_STEPS = (3, 6)  # of a picture
+LIKE_THE_FULL = ("gradient_checkpointing",)  # a training's settings that change what a sample costs
 IDS = ("base", "image_encoder", "clip", "dino", "detector", "sam", "model")  # keys of configs that may name a hub's id
 
 
-def unet_flops(unet: UNet2DConditionModel) -> int:
-    """Of a forward pass for one sample; on the meta device."""
+def unet_flops(unet: UNet2DConditionModel, tokens: int = 77) -> int:
+    """Of a forward pass for one sample with a text of so many tokens; on the meta device."""
     config = unet.config
     with torch.device("meta"):
         size = config.sample_size
-        latents, text = torch.empty(1, 4, size, size), torch.empty(1, 77, config.cross_attention_dim)
+        latents, text = torch.empty(1, 4, size, size), torch.empty(1, tokens, config.cross_attention_dim)
         return flops_of(lambda: unet(latents, torch.zeros((), dtype=torch.long), text))
 
 
 def toy_module(method: Method) -> PersonalisationModule | None:
     """The method on the toy world's models, on which its passes are counted; None where it has no config for them."""
-    file = Path(method.config).with_name("toyworld.yaml")
-    if not file.is_file():
+    file, told = Path(method.config), read_config(method.config)
+    variant = file.stem.partition("_")[2]
+    beside = [file.with_name(name) for name in (f"toyworld_{variant}.yaml", "toyworld.yaml")]
+    found = next((one for one in beside if one.is_file()), None)
+    if found is None:
         return None
-    told = read_config(str(file))
-    path, _, name = told["model"]["class_path"].rpartition(".")
-    return getattr(import_module(path), name)(**told["model"]["init_args"])
+    toy = read_config(str(found))["model"]
+    path, _, name = toy["class_path"].rpartition(".")
+    given = {key: told["model"]["init_args"][key] for key in LIKE_THE_FULL if key in told["model"]["init_args"]}
+    return getattr(import_module(path), name)(**{**toy["init_args"], **given})
 
 
 def passes_of_sample(module: PersonalisationModule) -> float:
     """How many forward passes of the UNet a training sample costs."""
     resolution = module.backbone.unet.config.sample_size * vae_scale(module.vae)
     pictures: Any = SimpleNamespace(resolution=resolution, encoded=lambda: [None])
-    return flops_per_sample(module, pictures) / toy_unit(module.backbone.unet)
+    return flops_per_sample(module, pictures) / toy_unit(module.backbone)
 
 
-def passes_of_picture(pipeline: SubjectPipeline, steps: int) -> float:
-    """How many a picture of so many steps costs, from one reference; counted in a few steps, reading included."""
+def passes_of_picture(pipeline: SubjectPipeline, references: int, steps: int, settings: Mapping[str, Any]) -> float:
+    """How many a picture of so many steps costs; counted in two small numbers of steps, reading included."""
     pipeline.set_progress_bar_config(disable=True)
-    references = [Image.new("RGBA", (64, 64), (255, 255, 255, 200))] if pipeline.reads_references else []
-    told: dict[str, Any] = {
-        "class_noun": "mug",
-        "num_inference_steps": COUNTED_STEPS,
-        "generator": torch.Generator().manual_seed(0),
-    }
-    flops = flops_of(lambda: pipeline("a photo of a mug", references, **told))
-    return flops / toy_unit(pipeline.unet) * steps / COUNTED_STEPS
+    cutouts = [Image.new("RGBA", (64, 64), (255, 255, 255, 200))] * references if pipeline.reads_references else []
+
+    def flops(count: int) -> int:
+        told: dict[str, Any] = {"class_noun": "mug", "generator": torch.Generator().manual_seed(0), **settings}
+        return flops_of(lambda: pipeline("a photo of a mug", cutouts, num_inference_steps=count, **told))
+
+    few, more = COUNTED_STEPS
+    a_step = (flops(more) - flops(few)) / (more - few)
+    return (flops(few) + a_step * (steps - few)) / toy_unit(pipeline)
 
 
-def toy_unit(unet: UNet2DConditionModel) -> int:
+def toy_unit(of: SubjectPipeline | Backbone) -> int:
     with torch.device("meta"):
-        return unet_flops(UNet2DConditionModel.from_config(unet.config))
+        return unet_flops(UNet2DConditionModel.from_config(of.unet.config), of.tokenizer.model_max_length)
 
 
 def toy_pipeline(method: Method, module: PersonalisationModule | None) -> SubjectPipeline | None:
@@ -83,6 +91,16 @@ def toy_pipeline(method: Method, module: PersonalisationModule | None) -> Subjec
         settings = {"identifier": module.hparams["identifier"]}
         return pipeline_class("dreamblend").from_backbone(load_backbone(TOYWORLD), base=TOYWORLD, settings=settings)
     return None if module is None else module.pipeline()
+
+
+def settings_of(pipeline: SubjectPipeline, source: Method, words: Sequence[str]) -> dict[str, Any]:
+    """Controls that the full-size config, and words of `generate`, set."""
+    told = read_config(source.config)["model"]["init_args"] if source.config else {}
+    for word in words:
+        name, given, value = word.removeprefix("--").partition("=")
+        told[name] = yaml.safe_load(value) if given else True
+    names = {one.name for one in controls(type(pipeline).Settings)} - {"num_inference_steps", "identifier", "scheduler"}
+    return {name: value for name, value in told.items() if name in names}
 
 
 def hub_ids(config: Tournament) -> list[str]:
@@ -112,64 +130,80 @@ def _named(tree: Any) -> Iterator[str]:
             yield from _named(value)
 
 
-def number_in(words: Sequence[str], flag: str, default: int) -> int:
-    given = [word.partition("=")[2] for word in words if word.startswith(f"--{flag}=")]
-    return int(given[-1]) if given and given[-1].isdigit() else default
-
-
 def estimate(config: Tournament) -> list[tuple[str, str]]:
     """(what, how much), for the full-size UNet."""
     with torch.device("meta"):
         unit = unet_flops(UNet2DConditionModel(**SD21))
     rows = [("UNet, a forward pass", f"{unit / 1e12:.2f} TFLOP")]
+    left_out = ["making the data", "trials", "scores"]
     try:
-        subjects = read_subjects(config.path(config.subjects))
-    except InputError:
+        prompts = Path(config.path(config.prompts)) if config.prompts else None
+        subjects = read_subjects(config.path(config.subjects), prompts)
+    except InputError as error:
         subjects = []
-    drawing = config.split(config.drawing)
-    pictures = sum(len(one.prompts) for one in subjects) * number_in(drawing, "images_per_prompt", 4)
-    steps = number_in(drawing, "steps", 50)
-    of_samples, of_pictures, sets = {}, {}, 0
-    total = dict.fromkeys(("training", "tuning", "pictures"), 0.0)
+        left_out.append(f"tunings and pictures: {error}")
+    pictures = sum(len(one.prompts) for one in subjects) * config.images_per_prompt()
+    of_samples: dict[str, float | None] = {}
+    of_pictures: dict[tuple[str, str], float] = {}  # method, condition
     for name, method in config.methods.items():
         _, source = config.weights_of(name)
         module = toy_module(source) if source.config else None
         pipeline = toy_pipeline(method, module)
-        of_samples[name] = None if module is None else passes_of_sample(module)
-        of_pictures[name] = None if pipeline is None else passes_of_picture(pipeline, steps)
-        costs = [
-            "not counted" if of is None else f"{of:,.1f} passes, {of * unit / 1e12:,.0f} TFLOP"
-            for of in (of_samples[name], of_pictures[name])
-        ]
-        rows.append((f"{name}: a sample", costs[0])) if method.config else None
-        rows.append((f"{name}: a picture of {steps} steps", costs[1]))
+        if method.config and module is not None:
+            of_samples[name] = passes_of_sample(module)
+            rows.append((f"{name}: a sample", cost(of_samples[name], unit)))
+        if pipeline is None:
+            left_out.append(name)
+            continue
+        entry = next(one for one in plan.entries(config) if one.method == name)
+        for given in plan.conditions(config, entry):
+            words = [*config.split(method.drawn), *given.words]
+            references = config.number("references_per_subject", 1, " ".join(given.words))
+            steps = config.number("steps", config.number("num_inference_steps", 50, method.drawn), method.drawn)
+            passes = passes_of_picture(pipeline, references, steps, settings_of(pipeline, source, words))
+            of_pictures[name, given.name] = passes
+            rows.append((f"{name}: a picture" + (f", {given.name}" if given.name else ""), cost(passes, unit)))
+    total, sets = dict.fromkeys(("training", "tuning", "pictures"), 0.0), 0
     for one in plan.entries(config):
         method = config.methods[one.method]
         # With equal time, all cost what the one does that they are compared with.
-        of_sample = of_samples[config.against if one.budget == plan.TIME else one.method] or 0.0
+        of_sample = of_samples.get(config.against if one.budget == plan.TIME else one.method) or 0.0
         if method.kind == "trained":
             total["training"] += of_sample * unit * config.samples
         elif method.kind == "tuned":
             total["tuning"] += of_sample * unit * tuning_samples(config, method) * len(subjects)
-        drawn = len(plan.conditions(config, one))
-        sets += drawn
-        total["pictures"] += (of_pictures[one.method] or 0.0) * unit * pictures * drawn
+            if (prior := prior_of(config, method)) and one.seed == config.seeds_of(one.method)[0]:
+                drawn = int(prior["count"]) * len({subject.class_noun for subject in subjects})
+                total["tuning"] += drawn * int(prior["steps"]) * 2 * unit
+        for given in plan.conditions(config, one):
+            sets += 1
+            total["pictures"] += of_pictures.get((one.method, given.name), 0.0) * unit * pictures
     whole = sum(total.values())
     parts = ", ".join(f"{name} {flops / 1e18:.2f}" for name, flops in total.items())
     rows.append((f"{pictures * sets:,} pictures in {sets} sets; all", f"{whole / 1e18:.2f} EFLOP ({parts})"))
     for gpu, peak in GPUS.items():
         hours = whole / (peak * 1e12 * UTILISATION) / 3600
         rows.append((f"  on one {gpu}", f"{hours:,.0f} hours, at {UTILISATION:.0%} of {peak} TFLOP/s in bf16"))
-    if not subjects:
-        rows.append(
-            ("not counted", f"tuning and pictures: the subjects are not there yet: {config.path(config.subjects)}")
-        )
-    rows.append(("not counted", "making the data, trials, scores"))
+    rows.append(("not counted", "; ".join(left_out)))
     rows.append(("downloads, unless cached", ", ".join(hub_ids(config)) or "none"))
     return rows
 
 
+def cost(passes: float | None, unit: int) -> str:
+    return "" if passes is None else f"{passes:,.1f} passes, {passes * unit / 1e12:,.1f} TFLOP"
+
+
+def prior_of(config: Tournament, method: Method) -> dict[str, Any] | None:
+    """Class pictures of a tuning, which are drawn once for each class and seed."""
+    words = config.split(method.words)
+    if "--data.prior=null" in words:
+        return None
+    prior = read_config(method.config)["data"]["init_args"].get("prior")
+    return prior and {"count": 200, "steps": 50, **prior}
+
+
 def tuning_samples(config: Tournament, method: Method) -> int:
-    """Of a subject's tuning."""
-    told, words = read_config(method.config), config.split(method.words)
-    return config.batch_size(method) * number_in(words, "trainer.max_steps", told["trainer"].get("max_steps", 0))
+    """Of a subject's tuning, class pictures among them."""
+    told = read_config(method.config)
+    steps = config.number("trainer.max_steps", told["trainer"].get("max_steps", 0), method.words)
+    return config.batch_size(method) * steps * (2 if prior_of(config, method) else 1)

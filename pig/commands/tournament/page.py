@@ -82,9 +82,10 @@ def all_tables(
     """(heading, table, note)."""
     against = next(one for one in first if one.method == config.against)
     others = [one for one in first if one is not against]
+    base = [one for one in standings if one.name == against.name]
     found = [
         ("Standings", scores_table(first), NOTE + " " + given(first)),
-        (f"Differences to {config.against}", gaps_table([gaps(against, others, score) for score in COMPARED]), GAPS),
+        (f"Differences to {config.against}", gaps_table([gaps(base, others, score) for score in COMPARED]), GAPS),
     ]
     kinds = sorted({image["kind"] for image in against.results[0].images})
     if len(kinds) > 1:
@@ -108,7 +109,10 @@ CLAIMS = (
     "claim holds, or does not hold (the difference has the other sign), where p is below .05; else it cannot be told."
 )
 CONDITIONS = "What each was given; a partial picture shows a part of the subject."
-GAPS = "Paired by subject; p: signs flipped at random, corrected by Holm for the number of methods."
+GAPS = (
+    "Paired by subject; each to the scores under the same condition, where there are any. p: signs flipped at random, "
+    "corrected by Holm for the number of methods."
+)
 LEDGER = (
     "Training: steps with their data, of equal samples. A picture: one at a time, reading the references included; the "
     "median of three. FLOPs are counted (2 for a multiplication with addition)."
@@ -136,6 +140,10 @@ def scores_table(first: Sequence[Standing]) -> Table:
     return Table(head, rows)
 
 
+def with_bounds(gap: Gap) -> str:
+    return f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
+
+
 def with_interval(values: Sequence[float]) -> str:
     if not values:
         return ""
@@ -147,11 +155,7 @@ def gaps_table(of: Sequence[Sequence[Gap]]) -> Table:
     head = ["", *(text for score in COMPARED for text in (TITLES[score], "p, Holm"))]
     rows = []
     for row in zip(*of, strict=True):
-        cells = [
-            text
-            for gap in row
-            for text in (f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]", f"{gap.p:.4f}")
-        ]
+        cells = [text for gap in row for text in (with_bounds(gap), f"{gap.p:.4f}")]
         rows.append(("all", [row[0].name, *cells]))
     return Table(head, rows)
 
@@ -160,9 +164,10 @@ def claims_table(of: Sequence[Tested]) -> Table:
     rows = []
     for one in of:
         claim, gap = one.claim, one.gap
-        what = f"{TITLES[claim.score]}: {gap.name}" + (f" ({claim.prompts} prompts)" if claim.prompts else "")
-        found = f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
-        rows.append(("all", [claim.source, claim.says, what, found, f"{gap.p:.4f}", one.verdict]))
+        what = f"{TITLES[claim.score]}: {claim.higher} - {claim.lower}"
+        what += f" ({claim.prompts} prompts)" if claim.prompts else ""
+        found = ["", ""] if gap is None else [with_bounds(gap), f"{gap.p:.4f}"]
+        rows.append(("all", [claim.source, claim.says, what, *found, one.verdict]))
     return Table(["source", "claim", "compared", "found", "p, Holm", ""], rows)
 
 
@@ -239,6 +244,7 @@ def numbers(
     """All that the tables round."""
     against = next(one for one in first if one.method == config.against)
     others = [one for one in first if one is not against]
+    base = [one for one in standings if one.name == against.name]
     return {
         "hash": against.results[0].hash,
         "standings": [
@@ -248,7 +254,7 @@ def numbers(
             }
             for one in standings
         ],
-        "gaps": [asdict(gap) for score in COMPARED for gap in gaps(against, others, score)],
+        "gaps": [asdict(gap) for score in COMPARED for gap in gaps(base, others, score)],
         "claims": [{**asdict(one), "verdict": one.verdict} for one in judge(config, standings)],
         "ranks": {score: ranks(first, score) for score in COMPARED},
         "costs": list(costs),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pig.commands.tournament.config import Method, Tournament
-from pig.data.subjects import PromptKind
+from pig.data.subjects import PromptKind, is_benchmark, plain_prompts, prompt_kind
 from pig.errors import InputError, check_kinds, check_named
 from pig.files import read_json
 from pig.mistakes import read_config
@@ -117,15 +117,26 @@ def check_claims(config: Tournament) -> None:
     Raises:
         InputError: a claim names an entry, a score or a kind of prompt that there will not be.
     """
-    named = []
+    named: dict[str, tuple[str, str]] = {}  # as a claim may call it -> entry, condition
     for one in entries(config):
         name = name_of(one.method, one.budget)
-        named += [name, *(f"{name}, {given.name}" for given in conditions(config, one) if given.name)]
+        for given in reversed(conditions(config, one)):
+            named |= {name: (name, given.name), f"{name}, {given.name}".removesuffix(", "): (name, given.name)}
+    file, kinds = Path(config.path(config.prompts)), get_args(PromptKind)
+    if config.prompts and file.is_file() and not is_benchmark(file):
+        kinds = tuple(sorted({prompt_kind(one) for one in plain_prompts(file)}))
     for number, claim in enumerate(config.claims):
         for key in ("higher", "lower"):
-            check_named(f"claims[{number}].{key}", getattr(claim, key), list(dict.fromkeys(named)))
+            check_named(f"claims[{number}].{key}", getattr(claim, key), list(named))
+        if named[claim.higher] == named[claim.lower]:
+            raise InputError(f"claims[{number}]: higher and lower are the same")
         check_named(f"claims[{number}].score", claim.score, SCORES)
-        check_named(f"claims[{number}].prompts", claim.prompts, ("", *get_args(PromptKind)))
+        if claim.score == "diversity" and config.images_per_prompt() < 2:
+            raise InputError(f"claims[{number}]: diversity needs two images of a prompt: drawing=--images_per_prompt=2")
+        if claim.score == "dino_masked" and read_config(config.scorer).get("segmenter", "none") == "none":
+            raise InputError(f"claims[{number}]: dino_masked needs a segmenter in {config.scorer}")
+        if claim.prompts:
+            check_named(f"claims[{number}].prompts", claim.prompts, kinds)
 
 
 def pictures(count: int, what: str) -> str:
@@ -243,7 +254,8 @@ def trials(config: Tournament) -> list[Chain]:
         condition = Condition("", config.path(config.validation), conditions(config, firsts[name])[0].words)
         for number, line in enumerate(method.trials):
             folder = trial_folder(config, name, number)
-            words = (*config.split(method.drawn), *config.split(line))
+            before = config.split(config.methods[method.of].drawn) if method.kind == "again" else []
+            words = (*before, *config.split(method.drawn), *config.split(line))
             found.append(list(drawn_and_scored(config, model, folder, condition, words, f"{name}, trial {number}")))
     return found
 
@@ -261,24 +273,31 @@ def drawn_and_scored(
     partial = condition.subjects == config.path(config.partial)
     subjects = config.path(config.subjects) if partial else condition.subjects
     told = [f"--images={images}", f"--subjects={subjects}", f"--out={folder / 'scores' / condition.slug}"]
-    score = ("pig.cli", "evaluate", f"--config={config.scorer}", *told, *prompts, f"--name={name}")
-    yield Step(f"{step}/score_{condition.slug}", score)
+    yield Step(f"{step}/score_{condition.slug}", (*scorer(config), *told, f"--name={name}"))
 
 
 def prompts_of(config: Tournament) -> list[str]:
     return [f"--prompts={config.path(config.prompts)}"] if config.prompts else []
 
 
+def scorer(config: Tournament) -> list[str]:
+    """The command that scores, but for what and whereto."""
+    count = f"--images_per_prompt={config.images_per_prompt()}"
+    return ["pig.cli", "evaluate", f"--config={config.scorer}", *prompts_of(config), count]
+
+
 def chosen(config: Tournament, method: str) -> list[str]:
-    """The words of `generate` that a method is drawn with: its own, and those of its best trial."""
+    """The words of `generate` that a method is drawn with: its own, and those of its best trial. One that draws again
+    has those of the method whose weights it takes, and its own over them."""
     told = config.methods[method]
+    before = chosen(config, told.of) if told.kind == "again" else []
     file = config.folder() / method / CHOSEN
     best: list[str] = []
     if told.trials:
         found = read_json(file, f"{file} is missing: start the tournament again")
         check_kinds(found, {"words": list}, str(file))
         best = found["words"]
-    return [*config.split(told.drawn), *best]
+    return [*before, *config.split(told.drawn), *best]
 
 
 def drawings(config: Tournament) -> list[Chain]:
@@ -308,8 +327,8 @@ def guests(config: Tournament, also: Sequence[Path]) -> list[Chain]:
     """Folders of images that other programs have made."""
     found: list[Chain] = []
     for folder in also:
-        told = [f"--images={folder}", f"--subjects={config.path(config.subjects)}", *prompts_of(config)]
         out = config.folder() / "also" / folder.resolve().name
-        score = ("pig.cli", "evaluate", f"--config={config.scorer}", *told, f"--out={out}", f"--name={folder.name}")
+        told = [f"--images={folder}", f"--subjects={config.path(config.subjects)}", f"--out={out}"]
+        score = (*scorer(config), *told, f"--name={folder.name}")
         found.append([Step(f"also/{folder.resolve().name}", score)])
     return found

@@ -28,6 +28,7 @@ from pig.errors import InputError, check_ranges
 from pig.evaluation.results import Result
 from pig.executors import ExecutorName, execute
 from pig.files import check_folder, locked, make_folder, read_json, write_text
+from pig.mistakes import flat, read_config
 from pig.models.names import TOYWORLD
 from pig.processes import die_with_parent
 
@@ -85,21 +86,24 @@ def tournament(
 
 
 def claim(config: Tournament) -> None:
-    """A folder holds one tournament.
+    """A folder holds one tournament; its claims may change, for they change nothing that is made.
 
     Raises:
         InputError: it was begun with other settings.
     """
-    file, now = config.folder() / SETTINGS, OmegaConf.to_yaml(OmegaConf.structured(config))
-    if not file.is_file():
-        write_text(file, now)
-        return
-    then = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    if new := [line.strip() for line in now.splitlines() if line not in then]:
-        raise InputError(
-            f"{config.out} was begun with other settings; now it has `{new[0]}`: give another out=FOLDER, or the same "
-            f"settings ({file})"
+    file, now = config.folder() / SETTINGS, OmegaConf.structured(config)
+    if file.is_file():
+        then, told = (
+            {key: value for key, value in flat(tree).items() if key != "claims"}
+            for tree in (read_config(str(file)), OmegaConf.to_container(now))
         )
+        for key in [*told, *then]:
+            if then.get(key) != told.get(key):
+                raise InputError(
+                    f"{config.out} was begun with other settings: {key} was {then.get(key)}, now it is "
+                    f"{told.get(key)}. Give another out=FOLDER, or the same settings ({file})"
+                )
+    write_text(file, OmegaConf.to_yaml(now))
 
 
 def print_plan(config: Tournament, guests: Sequence[Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -114,43 +114,47 @@ class Tested:
     """A claim beside what was found: the difference of its two entries, of which `p` is corrected for all claims."""
 
     claim: Claim
-    gap: Gap
+    gap: Gap | None
 
     @property
     def verdict(self) -> str:
+        if self.gap is None:
+            return "not scored"
         if self.gap.p >= LEVEL:
             return "cannot be told"
         return "holds" if self.gap.mean > 0 else "does not hold"
 
 
 def judge(config: Tournament, standings: Sequence[Standing]) -> list[Tested]:
-    """
-    Raises:
-        InputError: no image has the score of a claim.
-    """
-    found, of = [], {name: one for one in reversed(standings) for name in (one.name, f"{one.name}, {one.condition}")}
-    for number, one in enumerate(config.claims):
-        high, low = (of[name].per_subject(one.score, one.prompts) for name in (one.higher, one.lower))
-        pairs = [high[subject] - low[subject] for subject in high if subject in low]
-        if not pairs:
-            raise InputError(
-                f"claims[{number}]: no image has the score {one.score} for prompts {one.prompts or '(all)'}"
-            )
-        found.append((f"{one.higher} - {one.lower}", one.score, fmean(pairs), *interval(pairs), sign_flip_p(pairs)))
-    p_values = holm([one[-1] for one in found])
-    return [Tested(one, Gap(*gap[:-1], p)) for one, gap, p in zip(config.claims, found, p_values, strict=True)]
+    """All claims; the gap of one is None where no image has its score."""
+    of = {name: one for one in reversed(standings) for name in (one.name, f"{one.name}, {one.condition}")}
+    found = [
+        _difference(f"{one.higher} - {one.lower}", of[one.higher], of[one.lower], one.score, one.prompts)
+        for one in config.claims
+    ]
+    return [Tested(one, gap) for one, gap in zip(config.claims, _corrected(found), strict=True)]
 
 
-def gaps(against: Standing, others: Sequence[Standing], score: str, kind: str = "") -> list[Gap]:
-    """Paired by subject; p corrected for the number of `others`."""
-    base, found = against.per_subject(score, kind), []
+def gaps(against: Sequence[Standing], others: Sequence[Standing], score: str, kind: str = "") -> list[Gap]:
+    """Of each of `others` to the one of `against` that was given the same, else to the first."""
+    found = []
     for other in others:
-        theirs = other.per_subject(score, kind)
-        differences = [theirs[name] - base[name] for name in base if name in theirs]
-        if differences:
-            found.append((other.name, fmean(differences), *interval(differences), sign_flip_p(differences)))
-    p_values = holm([one[-1] for one in found])
-    return [Gap(name, score, mean, low, high, p) for (name, mean, low, high, _), p in zip(found, p_values, strict=True)]
+        base = next((one for one in against if one.condition == other.condition), against[0])
+        found.append(_difference(other.name, other, base, score, kind))
+    return [gap for gap in _corrected(found) if gap is not None]
+
+
+def _difference(name: str, one: Standing, other: Standing, score: str, kind: str) -> Gap | None:
+    """Paired by subject; p not corrected yet."""
+    high, low = (standing.per_subject(score, kind) for standing in (one, other))
+    pairs = [high[subject] - low[subject] for subject in high if subject in low]
+    return Gap(name, score, fmean(pairs), *interval(pairs), sign_flip_p(pairs)) if pairs else None
+
+
+def _corrected(found: Sequence[Gap | None]) -> list[Gap | None]:
+    """With Holm's p for their number."""
+    p_values = iter(holm([gap.p for gap in found if gap is not None]))
+    return [None if gap is None else replace(gap, p=next(p_values)) for gap in found]
 
 
 def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int, int]]:
@@ -186,8 +190,12 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
             runs = [plan.training_folder(config, made_by, plan.SAMPLES, seed) for seed in config.seeds_of(name)]
             row |= training_costs([plan.cost_of(source, run) for run in runs])
         elif source.kind == "tuned":
-            steps = sorted((config.folder() / made_by / plan.TUNED).glob(f"*/{plan.MODELS}/*/step-*"))
+            folders = [plan.training_folder(config, made_by, plan.TUNED, seed) for seed in config.seeds_of(name)]
+            steps = sorted(step for folder in folders for step in (folder / plan.MODELS).glob("*/step-*"))
             found = training_costs([plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in steps)])
+            last = max(int(step.name.partition("-")[2]) for step in steps)
+            share = config.number("step", last, config.methods[name].drawn) / last  # of the tuning, where it is drawn
+            found |= {key: found[key] * share for key in ("training_samples", "training_seconds", "training_flops")}
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
         rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
     return rows
