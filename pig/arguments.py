@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -61,6 +61,8 @@ def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., A
         if parameter.kind is parameter.POSITIONAL_ONLY:
             positional.append(parameter.name)
         _add(parser, parameter.name, hint, parameter.default, helps[parameter.name], parameter.name in positional)
+    if positional:
+        words = _together(words, {f"--{name}" for name, hint in hints.items() if hint is bool})
     told_hints = {name: hint for kind in (*groups.values(), function) for name, hint in get_type_hints(kind).items()}
     paths = [name for name, hint in told_hints.items() if Path in (hint, *get_args(hint))]
     refuse_empty(words, *(f"--{name}" for name in paths))
@@ -81,6 +83,16 @@ def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., A
         values[SETTINGS] = settings
     first = [values.pop(name) for name in positional]
     return (lambda **rest: function(*first, **rest)) if first else function, values
+
+
+def _together(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """`FILE --dry_run key=value` as `FILE key=value --dry_run`: argparse takes positional words in one place only."""
+    kept: list[str] = []
+    late: list[str] = []
+    for word in words:
+        before = kept[-1] if kept else ""
+        (late if before in switches and not word.startswith("-") and "=" in word else kept).append(word)
+    return [*kept[:1], *late, *kept[1:]] if kept and not kept[0].startswith("-") else list(words)
 
 
 def _add(

@@ -250,7 +250,7 @@ def test_a_step_is_done_by_its_own_words(tmp_path) -> None:
 
 
 def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
-    cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'out'}", "--dry_run"])
+    cli.run(["tournament", str(CONFIG), "--dry_run", f"out={tmp_path / 'out'}", "seeds=[0, 1]"])
     said = capsys.readouterr().out
     assert "python -m data_gen subjects" in said
     assert said.count("python -m pig.cli fit") == 8
