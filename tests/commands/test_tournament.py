@@ -1,19 +1,12 @@
-"""The tournament: what it plans, that it is fair, what it makes of results, and that it goes on where it was killed."""
+"""The tournament: what it plans, that it is fair, what it refuses, what it is estimated to take."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pig import cli
 from pig.arguments import parse
@@ -21,10 +14,7 @@ from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament, load_config
 from pig.commands.tournament.estimate import estimate
 from pig.commands.tournament.run import claim, is_done, record_of
-from pig.commands.tournament.standings import Standing, gaps, judge, ranks
 from pig.errors import InputError
-from pig.evaluation.results import Result
-from pig.methods import METHODS
 from pig.models.names import TOYWORLD
 
 CONFIG = Path("configs/tournament/toyworld.yaml")
@@ -303,189 +293,3 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     assert tuning == pytest.approx(tuned * unit / 1e18, abs=0.01)
     each = 2 * (one + four + passes("dreambooth: a picture") + passes("dreamblend: a picture")) + plain
     assert drawing == pytest.approx(each * 72 * unit / 1e18, abs=0.01)
-
-
-# -- what is made of results ------------------------------------------------------------------------------------------
-
-
-def result_of(name: str, dino: dict[str, list[float]], kind: str = "scene") -> Result:
-    images = [
-        {"subject": subject, "prompt_index": 0, "seed": str(seed), "dino": value, "clip_t": 0.5, "kind": kind,
-         "copied": seed == 1}
-        for subject, values in dino.items()
-        for seed, value in enumerate(values)
-    ]  # fmt: skip
-    return Result("dreambooth", "0", name, {}, {}, {}, {}, images, {}, [], [], "", {})
-
-
-def standing(name: str, *each: list[float]) -> Standing:
-    """Of 12 subjects with an image of each training seed's value, and a second one .2 above it."""
-    results = tuple(
-        result_of(name, {f"s{at}": [value, value + 0.2] for at, value in enumerate(values)}) for values in each
-    )
-    return Standing(name, "", "", results)
-
-
-LOW = [0.3 + 0.01 * at for at in range(12)]
-
-
-def test_means_are_over_images_then_training_seeds() -> None:
-    one = standing("a", LOW, [value + 0.2 for value in LOW])
-    assert one.per_subject("dino")["s0"] == pytest.approx(0.3 + 0.1 + 0.1)
-    assert one.per_subject("dino", "property") == {}
-    assert one.spread("dino") == pytest.approx(0.2)
-    assert one.copied() == 0.5
-
-
-def test_differences_are_paired_and_corrected() -> None:
-    base, same, more = standing("base", LOW), standing("same", LOW), standing("more", [x + 0.1 for x in LOW])
-    found = {gap.name: gap for gap in gaps([base], [same, more], "dino")}
-    assert found["same"].mean == 0
-    assert found["same"].p == 1
-    assert found["more"].mean == pytest.approx(found["more"].low) == pytest.approx(0.1)
-    assert found["more"].p < 0.01
-    alone = gaps([base], [more], "dino")[0]
-    assert found["more"].p == pytest.approx(2 * alone.p)  # Holm, of two
-
-
-def test_claims_hold_or_do_not_or_cannot_be_told(tmp_path) -> None:
-    low, more = standing("ezigen", LOW), standing("bootpig", [x + 0.1 for x in LOW])
-    near = standing("ip_adapter", [x + (0.02 if at % 2 else -0.02) for at, x in enumerate(LOW)])
-    config = load_config(CONFIG, [f"out={tmp_path}", claims()])
-    config.claims += [
-        replace(config.claims[0], higher="ezigen", lower="bootpig"),
-        replace(config.claims[0], higher="ip_adapter"),
-    ]
-    found = judge(config, [low, more, near])
-    assert [one.verdict for one in found] == ["holds", "does not hold", "cannot be told"]
-    assert [one.gap.mean for one in found] == pytest.approx([0.1, -0.1, 0])
-    alone = judge(replace(config, claims=config.claims[:1]), [low, more])[0]
-    assert found[0].gap.p == pytest.approx(3 * alone.gap.p)  # Holm, of three
-    config.claims = [replace(config.claims[0], prompts="property")]
-    assert [one.verdict for one in judge(config, [low, more])] == ["not scored"]
-
-
-def test_a_claim_may_name_what_was_given(tmp_path) -> None:
-    first, second = (
-        replace(standing("bootpig", [x + step for x in LOW]), condition=name)
-        for name, step in (("1 whole picture", 0.0), ("4 whole pictures", 0.2))
-    )
-    config = load_config(CONFIG, [f"out={tmp_path}", claims(higher="bootpig, 4 whole pictures", lower="bootpig")])
-    (found,) = judge(config, [first, second])
-    assert found.gap.mean == pytest.approx(0.2)
-    of_four = replace(standing("mean", [x + 0.1 for x in LOW]), condition="4 whole pictures")
-    assert gaps([first, second], [of_four], "dino")[0].mean == pytest.approx(-0.1)  # to four, not to one
-    assert gaps([first], [of_four], "dino")[0].mean == pytest.approx(0.1)
-
-
-def test_ranks_know_what_they_do_not_know() -> None:
-    best, low = standing("best", [x + 0.2 for x in LOW]), standing("low", LOW)
-    near = standing("near", [x + (0.02 if at % 2 else -0.02) for at, x in enumerate(LOW)])
-    found = ranks([low, best, near], "dino")
-    assert found["best"] == (1, 1, 1)
-    assert found["low"][1:] == found["near"][1:] == (2, 3)
-
-
-# -- a method of somebody else's ---------------------------------------------------------------------------------------
-
-
-def test_a_method_joins_by_one_line(tmp_path, toy_data, monkeypatch) -> None:
-    """The one of CONTRIBUTING's recipe, all of whose commands are given here, in this process."""
-    monkeypatch.syspath_prepend("tests/methods")
-    monkeypatch.setitem(METHODS, "toy_method", "toy_method")
-    told = yaml.safe_load(Path("configs/bootpig/toyworld.yaml").read_text())
-    told["trainer"] |= {"precision": "32-true", "accelerator": "cpu"}
-    told["model"] = {"class_path": "toy_method.Module", "init_args": {"base": "toyworld"}}
-    file, prompts, out = tmp_path / "mine.yaml", tmp_path / "prompts.txt", tmp_path / "out"
-    file.write_text(yaml.safe_dump(told, sort_keys=False))
-    prompts.write_text("a photo of a {0} {1}, on a beach\n")
-    given = [f"out={out}", "seeds=[0]", "samples=8", f"subjects={toy_data / 'subjects'}", f"prompts={prompts}"]
-    line = f"methods.mine={{config: {file}, words: --data.batch_size=4}}"
-    config = load_config(CONFIG, [*given, line, "drawing=--steps=1 --batch_size=12"])
-    (training,) = (chain for chain in plan.trainings(config, plan.SAMPLES) if chain[0].name.startswith("mine/"))
-    run = plan.training_folder(config, "mine", plan.SAMPLES, 0)
-    run.mkdir(parents=True)
-    (run / "data").symlink_to(toy_data)
-    mine = next(one for one in plan.entries(config) if one.method == "mine")
-    chains = [chain for chain in plan.drawings(config) if str(run) in " ".join(chain[0].words)]
-    assert len(chains[0]) == 2 * len(plan.conditions(config, mine)) + 1
-    for step in (*training, *chains[0][:2], chains[0][-1]):
-        monkeypatch.setattr(sys, "argv", list(step.words))
-        cli.run(list(step.words[1:]))
-    result = Result.read(run / "scores/1_whole_picture")
-    assert result.subjects.keys() == {path.name for path in (toy_data / "subjects").iterdir() if path.is_dir()}
-    assert plan.cost_of(config.methods["mine"], run)["samples"] == 8
-    assert json.loads((out / "mine/picture.json").read_text())["flops_per_picture"] > 0
-
-
-# -- the whole of it --------------------------------------------------------------------------------------------------
-
-SHORT = "--trainer.max_steps=2 --model.save_at=[1] --data.prior.count=2 --data.prior.steps=1"
-TINY = """
-out: {out}
-data:
-  - data_gen triplets --out {{out}}/data/triplets --count 96
-  - data_gen triplets --out {{out}}/data/val --count 8 --first_seed 1100000000
-  - data_gen subjects --out {{out}}/data/subjects --count 2
-  - data_gen subjects --out {{out}}/data/validation --count 1
-subjects: "{{out}}/data/subjects"
-validation: "{{out}}/data/validation"
-partial: "{{out}}/data/subjects"
-prompts: {prompts}
-base: base:toyworld
-scorer: configs/evaluation/toyworld.yaml
-samples: 64
-seeds: [0, 1]
-references: [1]
-fit: --trainer.limit_val_batches=0 --trainer.precision=32-true
-drawing: --steps=2 --images_per_prompt=2
-methods:
-  bootpig: {{config: configs/bootpig/toyworld.yaml, trials: [--image_guidance=2, --image_guidance=3],
-    common: --image_guidance=3}}
-  ezigen: {{config: configs/ezigen/toyworld.yaml}}
-  dreambooth: {{kind: tuned, config: configs/dreambooth/toyworld.yaml, words: "{short} --data.prior.folder={{out}}/cp"}}
-  dreamblend: {{kind: blended, of: dreambooth}}
-  base: {{kind: base}}
-"""
-
-
-def scores(out: Path) -> dict[str, object]:
-    """All numbers but those that were measured by a clock."""
-    told = json.loads((out / "tournament.json").read_text())
-    return {"gaps": told["gaps"], "ranks": told["ranks"], "standings": told["standings"]}
-
-
-@pytest.mark.slow
-def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
-    """Equal times differ from run to run, so they are left out here."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a photo of a {0} {1}, on a beach\na red {0} {1}\n")
-    outs = [tmp_path / name for name in ("whole", "killed")]
-    for out in outs:
-        file = tmp_path / f"{out.name}.yaml"
-        file.write_text(TINY.format(out=out, prompts=prompts, short=SHORT))
-        command = [sys.executable, "-W", "ignore", "-m", "pig.cli", "tournament", str(file), "same_time=false"]
-        for _ in range(3 if out.name == "killed" else 0):
-            records = len(list((out / "records").rglob("*.json"))) if out.exists() else 0
-            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-            deadline = time.monotonic() + 600
-            while len(list((out / "records").rglob("*.json"))) < records + 5 and time.monotonic() < deadline:
-                assert process.poll() is None
-                time.sleep(0.2)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            time.sleep(3)  # for what it has started to end
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert scores(outs[0]) == scores(outs[1])
-    page = (outs[0] / "report.html").read_text()
-    for heading in ("Standings", "Differences to bootpig", "By kind of prompt", "Other conditions", "Costs"):
-        assert heading in page
-    told = json.loads((outs[0] / "tournament.json").read_text())
-    costs = {row["method"]: row for row in told["costs"]}
-    assert costs["bootpig"]["training_samples"] == 64
-    assert costs["dreamblend"]["tuning_flops"] == costs["dreambooth"]["tuning_flops"] > 0
-    assert costs["base"]["trained_weights"] == 0
-    assert costs["bootpig"]["flops_per_picture"] > costs["base"]["flops_per_picture"] > 0
-    assert json.loads((outs[0] / "bootpig/chosen.json").read_text())["words"][0].startswith("--image_guidance=")
-    assert re.search(r"\| bootpig \| 1 partial picture \|", (outs[0] / "tournament.md").read_text())
