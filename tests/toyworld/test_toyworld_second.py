@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from pig.errors import InputError
 from pig.models.names import WEIGHTS
+from pig.toyworld import second
 from pig.toyworld.second import captions, scene
 from pig.toyworld.second.details import EMBLEMS
 from pig.toyworld.second.stages.clip import CLIPStage, VisionStage
 from pig.toyworld.second.stages.dino import DINOStage
 from pig.toyworld.second.stages.sam import SAMStage
-from pig.toyworld.second.stages.unet import grow
+from pig.toyworld.second.stages.unet import UNetStage, grow
 from pig.toyworld.second.stages.vae import VAEStage
 
 
@@ -150,6 +152,14 @@ def test_stages_begin_from_an_earlier_edition() -> None:
     assert all(torch.equal(one, kept[name]) for name, one in vae.vae.state_dict().items())
     with pytest.raises(InputError, match="begins from the stages before it"):
         VisionStage(WEIGHTS / "clip").begin_from(WEIGHTS)
+
+
+def test_the_unet_goes_on_from_its_own_weights(tmp_path) -> None:
+    so_far = Path(second.__file__).parent / "weights"
+    stage = UNetStage(so_far / "base", tmp_path)
+    stage.begin_from(so_far)
+    kept = UNet2DConditionModel.from_pretrained(so_far / "base/unet", dtype=torch.float32).state_dict()
+    assert all(torch.equal(one, kept[name]) for name, one in stage.unet.state_dict().items())
 
 
 def test_a_unet_grows_without_a_change_at_first() -> None:

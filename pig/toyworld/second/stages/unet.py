@@ -77,8 +77,12 @@ class UNetStage(Stage):
         self.frozen = {"text_encoder": text_encoder, "vae": vae}  # a dict: not part of the module
 
     def begin_from(self, weights: Path) -> None:
-        """From a UNet with one layer a block, which the grown one equals at first."""
-        grow(UNet2DConditionModel.from_pretrained(weights / "base/unet", dtype=torch.float32), self.unet)
+        """From a UNet of the same size, or from one with one layer a block, which the grown one equals at first."""
+        earlier = UNet2DConditionModel.from_pretrained(weights / "base/unet", dtype=torch.float32)
+        if earlier.config.layers_per_block == self.unet.config.layers_per_block:
+            self.unet.load_state_dict(earlier.state_dict())
+        else:
+            grow(earlier, self.unet)
 
     def rate(self, step: int) -> float:
         left = (self.steps - step) / (self.decay_share * self.steps)

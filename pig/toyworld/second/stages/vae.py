@@ -15,7 +15,7 @@ from pig.toyworld.stages import vae as first
 class VAEStage(first.VAEStage):
     """The first edition's VAE, trained on: emblems and accessories are small."""
 
-    steps, scenes, lr = 1800, 24_000, 1e-3
+    steps, scenes, lr = 3200, 24_000, 1e-3
 
     def begin_from(self, weights: Path) -> None:
         self.vae = AutoencoderKL.from_pretrained(weights / "base/vae", dtype=torch.float32)
