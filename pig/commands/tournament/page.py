@@ -167,8 +167,8 @@ def claims_table(of: Sequence[Tested]) -> Table:
         what = f"{TITLES[claim.score]}: {claim.higher} - {claim.lower}"
         what += f" ({claim.prompts} prompts)" if claim.prompts else ""
         found = ["", ""] if gap is None else [with_bounds(gap), f"{gap.p:.4f}"]
-        rows.append(("all", [claim.source, claim.says, what, *found, one.verdict]))
-    return Table(["source", "claim", "compared", "found", "p, Holm", ""], rows)
+        rows.append(("all", [claim.says, one.verdict, *found, what, claim.source]))
+    return Table(["claim", "", "found", "p, Holm", "compared", "source"], rows)
 
 
 def kinds_table(first: Sequence[Standing], kinds: Sequence[str]) -> Table:
