@@ -54,9 +54,9 @@ PRECISION = "bf16-mixed" if half_is_fast("cpu") else "32-true"
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
 # The other embedded models, which draw the grid's subjects only, from one reference: a column's head, settings.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ezigen": ("EZIGen", {"image_guidance": 3.0}),
-    "instantbooth": ("InstantBooth", {"text_guidance": 3.0}),
-    "ip_adapter": ("IP-Adapter", {"text_guidance": 3.0}),
+    "ezigen": ("EZIGen", {"image_guidance": 3.0, "num_inference_steps": 20}),
+    "instantbooth": ("InstantBooth", {"text_guidance": 3.0, "num_inference_steps": 20}),
+    "ip_adapter": ("IP-Adapter", {"text_guidance": 3.0, "num_inference_steps": 20}),
 }
 SHOWN = 8  # subjects of the grid
 COLUMNS = (
@@ -200,13 +200,10 @@ def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     ):
         cutouts = cut_out_all(subjects, references)
         draw_jobs(pipeline, jobs, cutouts, condition_folder(out, name), settings, batch_size=SAMPLING_BATCH)
+    cutouts = cut_out_all(subjects, 1)
     for name, (_, settings) in OTHERS.items():
-        pipeline, told = (
-            load_pipeline(f"{TOYWORLD}/{name}"),
-            {**settings, "num_inference_steps": BASE["num_inference_steps"]},
-        )
-        folder = condition_folder(out, name)
-        draw_jobs(pipeline, grid_jobs(jobs), cut_out_all(subjects, 1), folder, told, batch_size=SAMPLING_BATCH)
+        pipeline, folder = load_pipeline(f"{TOYWORLD}/{name}"), condition_folder(out, name)
+        draw_jobs(pipeline, grid_jobs(jobs), cutouts, folder, settings, batch_size=SAMPLING_BATCH)
     draw_truth(jobs, condition_folder(out, "upper_bound"))
 
 

@@ -140,8 +140,8 @@ class Tournament:
     def number(self, flag: str, default: int, text: str = "") -> int:
         """What `--flag=N` says in `text`, or else in `drawing`."""
         words = [*self.split(self.drawing), *self.split(text)]
-        given = [word.partition("=")[2] for word in words if word.startswith(f"--{flag}=")]
-        return int(given[-1]) if given and given[-1].isdigit() else default
+        given = last(words, flag)
+        return int(given) if given is not None and given.isdigit() else default
 
     def images_per_prompt(self) -> int:
         return self.number("images_per_prompt", Output.images_per_prompt)
@@ -149,14 +149,21 @@ class Tournament:
     def batch_size(self, method: Method) -> int:
         """Samples of a step, by the words of `fit` or else the config."""
         words = [*self.split(self.fit), *self.split(method.words)]
-        given = [word.partition("=")[2] for word in words if word.startswith("--data.batch_size=")]
-        size = given[-1] if given else str(read_config(method.config)["data"]["init_args"]["batch_size"])
+        size = last(words, "data.batch_size")
+        if size is None:
+            size = str(read_config(method.config)["data"]["init_args"]["batch_size"])
         if not (size.isdigit() and int(size) > 0):
             raise InputError(f"--data.batch_size={size} is no number of samples")
         return int(size)
 
     def path(self, text: str) -> str:
         return text.replace("{out}", self.out)
+
+
+def last(words: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag=VALUE`, of which the last one counts."""
+    given = [word.partition("=")[2] for word in words if word.startswith(f"--{flag}=")]
+    return given[-1] if given else None
 
 
 def load_config(file: Path, overrides: Sequence[str]) -> Tournament:

@@ -156,12 +156,16 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
             left_out.append(name)
             continue
         entry = next(one for one in plan.entries(config) if one.method == name)
+        counted: dict[tuple[int, str], float] = {}  # whole and partial pictures cost the same
         for given in plan.conditions(config, entry):
             words = [*config.split(method.drawn), *given.words]
             references = config.number("references_per_subject", 1, " ".join(given.words))
             steps = config.number("steps", config.number("num_inference_steps", 50, method.drawn), method.drawn)
-            passes = passes_of_picture(pipeline, references, steps, settings_of(pipeline, source, words))
-            of_pictures[name, given.name] = passes
+            settings = settings_of(pipeline, source, words)
+            key = (references, str(settings))
+            if key not in counted:
+                counted[key] = passes_of_picture(pipeline, references, steps, settings)
+            passes = of_pictures[name, given.name] = counted[key]
             rows.append((f"{name}: a picture" + (f", {given.name}" if given.name else ""), cost(passes, unit)))
     total, sets = dict.fromkeys(("training", "tuning", "pictures"), 0.0), 0
     for one in plan.entries(config):
@@ -194,7 +198,7 @@ def cost(passes: float | None, unit: int) -> str:
 
 
 def prior_of(config: Tournament, method: Method) -> dict[str, Any] | None:
-    """Class pictures of a tuning, which are drawn once for each class and seed."""
+    """Class pictures of a tuning, which are drawn once for each class."""
     words = config.split(method.words)
     if "--data.prior=null" in words:
         return None

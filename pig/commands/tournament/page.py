@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,13 +49,42 @@ COSTS = {  # of the ledger: key -> heading, factor
 }
 
 
+@dataclass(frozen=True)
+class Findings:
+    """All that the pages show. first: of each method and budget the first condition. gaps: score -> to `against`."""
+
+    standings: Sequence[Standing]
+    first: Sequence[Standing]
+    against: Standing
+    gaps: Mapping[str, Sequence[Gap]]
+    ranks: Mapping[str, Mapping[str, tuple[int, int, int]]]
+    claims: Sequence[Tested]
+    costs: Sequence[Mapping[str, Any]]
+
+
+def find(config: Tournament, guests: Sequence[Path]) -> Findings:
+    standings = read_standings(config, guests)
+    check_alike([result for one in standings for result in one.results])  # networks, protocol, subjects, prompts
+    first = main_standings(config, standings)
+    against = next(one for one in first if one.method == config.against)
+    others = [one for one in first if one is not against]
+    under_all = [one for one in standings if one.name == against.name]
+    return Findings(
+        standings,
+        first,
+        against,
+        gaps={score: gaps(under_all, others, score) for score in COMPARED},
+        ranks={score: ranks(first, score) for score in COMPARED},
+        claims=judge(config, standings),
+        costs=ledger(config),
+    )
+
+
 def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     """`report.html`, `tournament.md` and `tournament.json` in the tournament's folder."""
-    standings = read_standings(config, guests)
-    first = main_standings(config, standings)
-    check_alike([result for one in standings for result in one.results])  # networks, protocol, subjects, prompts
-    costs = ledger(config)
-    tables = all_tables(config, standings, first, costs)
+    found = find(config, guests)
+    first, costs = found.first, found.costs
+    tables = all_tables(config, found)
     results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
     lead = [Section(name, tables=[table], note=note) for name, table, note in tables]
     behind = [section.heading for section in lead].index("Standings") + 1
@@ -72,31 +101,25 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     )
     out = config.folder()
     write_text(out / PAGES[1], markdown(tables))
-    write_text(out / PAGES[2], json.dumps(numbers(config, standings, first, costs), indent=1) + "\n")
+    write_text(out / PAGES[2], json.dumps(numbers(found), indent=1) + "\n")
     return [out / name for name in PAGES]
 
 
-def all_tables(
-    config: Tournament, standings: Sequence[Standing], first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, Table, str]]:
+def all_tables(config: Tournament, found: Findings) -> list[tuple[str, Table, str]]:
     """(heading, table, note)."""
-    against = next(one for one in first if one.method == config.against)
-    others = [one for one in first if one is not against]
-    base = [one for one in standings if one.name == against.name]
-    found = [
-        ("Standings", scores_table(first), NOTE + " " + given(first)),
-        (f"Differences to {config.against}", gaps_table([gaps(base, others, score) for score in COMPARED]), GAPS),
+    tables = [
+        ("Standings", scores_table(found), NOTE + " " + given(found.first)),
+        (f"Differences to {config.against}", gaps_table(list(found.gaps.values())), GAPS),
     ]
-    kinds = sorted({image["kind"] for image in against.results[0].images})
+    if found.claims:
+        tables.insert(0, ("Claims", claims_table(found.claims), CLAIMS))
+    kinds = sorted({image["kind"] for image in found.against.results[0].images})
     if len(kinds) > 1:
-        found.append(("By kind of prompt", kinds_table(first, kinds), "DINO / CLIP-T."))
-    more = [one for one in standings if one not in first]
-    if more:
-        found.append(("Other conditions", conditions_table(standings), CONDITIONS))
-    found.append(("Costs", costs_table(costs), LEDGER))
-    if config.claims:
-        found.insert(0, ("Claims", claims_table(judge(config, standings)), CLAIMS))
-    return found
+        tables.append(("By kind of prompt", kinds_table(found.first, kinds), "DINO / CLIP-T."))
+    if any(one not in found.first for one in found.standings):
+        tables.append(("Other conditions", conditions_table(found.standings), CONDITIONS))
+    tables.append(("Costs", costs_table(found.costs), LEDGER))
+    return tables
 
 
 NOTE = (
@@ -128,13 +151,14 @@ def given(first: Sequence[Standing]) -> str:
     return " ".join(f"Given {condition}: {', '.join(names)}." for condition, names in of.items())
 
 
-def scores_table(first: Sequence[Standing]) -> Table:
-    by = {score: ranks(first, score) for score in COMPARED}
+def scores_table(found: Findings) -> Table:
     head = ["", *(TITLES[score] for score in SCORES), "copies", "rank by DINO", "by CLIP-T", "seeds apart"]
     rows = []
-    for one in first:
+    for one in found.first:
         cells = [with_interval(list(one.per_subject(score).values())) for score in SCORES]
-        places = [f"{place} [{low}, {high}]" for place, low, high in (by[score][one.name] for score in COMPARED)]
+        places = [
+            f"{place} [{low}, {high}]" for place, low, high in (found.ranks[score][one.name] for score in COMPARED)
+        ]
         apart = short(one.spread("dino")) if len(one.results) > 1 else ""
         rows.append(("all", [one.name, *cells, f"{one.copied():.1%}", *places, apart]))
     return Table(head, rows)
@@ -238,24 +262,19 @@ def markdown(tables: Sequence[tuple[str, Table, str]]) -> str:
     return "\n".join(lines)
 
 
-def numbers(
-    config: Tournament, standings: Sequence[Standing], first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def numbers(found: Findings) -> dict[str, Any]:
     """All that the tables round."""
-    against = next(one for one in first if one.method == config.against)
-    others = [one for one in first if one is not against]
-    base = [one for one in standings if one.name == against.name]
     return {
-        "hash": against.results[0].hash,
+        "hash": found.against.results[0].hash,
         "standings": [
             {
                 **{"method": one.method, "budget": one.budget, "condition": one.condition, "copied": one.copied()},
                 **{score: one.per_subject(score) for score in SCORES},
             }
-            for one in standings
+            for one in found.standings
         ],
-        "gaps": [asdict(gap) for score in COMPARED for gap in gaps(base, others, score)],
-        "claims": [{**asdict(one), "verdict": one.verdict} for one in judge(config, standings)],
-        "ranks": {score: ranks(first, score) for score in COMPARED},
-        "costs": list(costs),
+        "gaps": [asdict(gap) for of_score in found.gaps.values() for gap in of_score],
+        "claims": [{**asdict(one), "verdict": one.verdict} for one in found.claims],
+        "ranks": dict(found.ranks),
+        "costs": list(found.costs),
     }

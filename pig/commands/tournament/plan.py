@@ -90,7 +90,7 @@ def entries(config: Tournament) -> list[Entry]:
 
 
 def conditions(config: Tournament, entry: Entry) -> list[Condition]:
-    """Those that an entry is drawn in; the first one is the one that all have."""
+    """Those that an entry is drawn in; the first one counts in the standings."""
     method = config.methods[entry.method]
     subjects = config.path(config.subjects)
     if config.weights_of(entry.method)[1].kind != "trained":  # tuned on all pictures, or on none

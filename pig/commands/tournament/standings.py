@@ -90,7 +90,7 @@ def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]
 
 
 def main_standings(config: Tournament, standings: Sequence[Standing]) -> list[Standing]:
-    """Of each method and budget the condition that all have: the first one."""
+    """Of each method and budget the first condition."""
     firsts: dict[tuple[str, str], Standing] = {}
     for one in standings:
         firsts.setdefault((one.method, one.budget), one)
