@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.data import TensorDataset
 from transformers import CLIPModel, CLIPTokenizer
 
 from pig.errors import InputError
@@ -160,6 +161,16 @@ def test_the_unet_goes_on_from_its_own_weights(tmp_path) -> None:
     stage.begin_from(so_far)
     kept = UNet2DConditionModel.from_pretrained(so_far / "base/unet", dtype=torch.float32).state_dict()
     assert all(torch.equal(one, kept[name]) for name, one in stage.unet.state_dict().items())
+
+
+def test_accessories_are_drawn_more_often_in_training(tmp_path, monkeypatch) -> None:
+    """With 1 in 5 dressed and a weight of 2.5, 5 in 13."""
+    stage = UNetStage(WEIGHTS / "base", tmp_path)
+    facts = torch.zeros(1000, 4, dtype=torch.long)
+    facts[::5, 3] = 1
+    monkeypatch.setattr(stage, "dataset", lambda: TensorDataset(torch.zeros(1000, 1), facts))
+    dressed = torch.cat([batch[1][:, 3] for batch in stage.train_dataloader()]).float().mean()
+    assert dressed.item() == pytest.approx(5 / 13, abs=0.06)
 
 
 def test_a_unet_grows_without_a_change_at_first() -> None:
