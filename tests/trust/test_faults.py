@@ -5,6 +5,7 @@ is finished is lost, and the same command, given again, ends with what an undist
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,9 @@ def pictures(tmp_path_factory, toy_data) -> Path:
     cli.run(["generate", *of_pictures(folder), "--images_per_prompt=3", f"--out={folder / 'drawn'}"])
     for name in ("first", "second"):
         cli.run([*scored(folder), f"--name={name}", f"--out={folder / name}"])
+    begun = SERVER.Process(target=time.time)  # the first one waits for the server's imports
+    begun.start()
+    begun.join()
     return folder
 
 
@@ -136,18 +141,30 @@ def run(command: str, pictures: Path, toy_data: Path, out: Path) -> int:
     return 0
 
 
-def started(*given: Any) -> int:
-    """The number of a process that runs the same; forked, which spares the imports."""
-    torch.set_num_threads(1)  # a fork has one thread
-    if child := os.fork():
-        return child
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        os._exit(run(*given))
-    finally:
-        os._exit(70)
+# Its children have one thread and the imports. A fork of this process may hang on locks of its other threads.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pig.cli", "pig.methods", "pig.evaluation.benchmark", "data_gen.__main__"])
+
+
+def quietly(*given: Any) -> None:
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    torch.set_num_threads(1)
+    sys.exit(run(*given))
+
+
+def started(*given: Any) -> BaseProcess:
+    """A process that runs the same."""
+    process = SERVER.Process(target=quietly, args=given)
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    """Its exit code, or None: it hangs."""
+    process.join(200)
+    return process.exitcode
 
 
 @pytest.mark.parametrize("command", EACH)
@@ -202,15 +219,15 @@ def test_other_commands_on_a_disk_that_is_read_only(disk, pictures, toy_data, tm
 def test_killed_at_any_moment(pictures, toy_data, tmp_path, command) -> None:
     given = (command, pictures, toy_data)
     began = time.perf_counter()
-    assert os.waitpid(started(*given, tmp_path / "undisturbed"), 0)[1] == 0
+    assert ended(started(*given, tmp_path / "undisturbed")) == 0
     whole = time.perf_counter() - began
     moments = random.Random(command)
     for _ in range(2):
         child = started(*given, tmp_path / "out")
         time.sleep(moments.random() * whole)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert os.waitpid(started(*given, tmp_path / "out"), 0)[1] == 0
+        child.kill()
+        ended(child)
+    assert ended(started(*given, tmp_path / "out")) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
@@ -232,10 +249,10 @@ def test_what_a_killed_process_leaves_is_removed(tmp_path) -> None:
 def test_two_processes_on_one_output(pictures, toy_data, tmp_path, command) -> None:
     """One may be refused; if both write, they write the same."""
     given = (command, pictures, toy_data, tmp_path / "out")
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in [started(*given), started(*given)]]
+    codes = [ended(child) for child in [started(*given), started(*given)]]
     assert set(codes) <= {0, 2}
-    assert run(*given) == 0
-    assert run(command, pictures, toy_data, tmp_path / "undisturbed") == 0
+    assert ended(started(*given)) == 0
+    assert ended(started(command, pictures, toy_data, tmp_path / "undisturbed")) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
