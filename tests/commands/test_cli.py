@@ -43,8 +43,8 @@ BELOW = {
 }
 # What else of a method's configs cannot be had here: an image encoder of the hub, a token that the toy does not have.
 ABSENT = {
-    "dreambooth": {"identifier": "sks"},
-    "instantbooth": {"image_encoder": "toyworld", "identifier": "sks"},
+    "dreambooth": {"identifier": "q"},
+    "instantbooth": {"image_encoder": "toyworld", "identifier": "q"},
     "ip_adapter": {"image_encoder": "toyworld"},
 }
 HERE = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--model.base=toyworld"]

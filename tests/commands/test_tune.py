@@ -251,7 +251,7 @@ def test_a_delta_is_there_before_its_checkpoint(toy_data, tmp_path, monkeypatch)
     def fit() -> None:
         keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=0)
         quiet = {**QUIET, "enable_checkpointing": True, "callbacks": [keep], "default_root_dir": tmp_path}
-        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="sks", save_at=[2]), data)
+        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="q", save_at=[2]), data)
 
     def die(*_: object, **__: object) -> None:
         raise OSError("no space left")

@@ -49,7 +49,7 @@ def first_batch(data: SubjectDataModule) -> Batch:
 
 
 def tuned(**told: Any) -> DreamBooth:
-    return DreamBooth("toyworld", identifier="sks", text_guidance=3.0, **told)
+    return DreamBooth("toyworld", identifier="q", text_guidance=3.0, **told)
 
 
 def moved(module: DreamBooth) -> DreamBooth:
@@ -266,7 +266,7 @@ def test_pipeline_is_of_the_method(toy_data) -> None:
     pipeline = module.pipeline()
     assert isinstance(pipeline, DreamBoothPipeline)
     assert pipeline.unet is module.net.unet
-    assert copy.deepcopy(pipeline.config.settings) == {"identifier": "sks", "text_guidance": 3.0}
+    assert copy.deepcopy(pipeline.config.settings) == {"identifier": "q", "text_guidance": 3.0}
 
 
 def test_regularised_maps(toy_data, prior) -> None:

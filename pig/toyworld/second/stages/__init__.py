@@ -1,0 +1,1 @@
+"""How the second edition's models are trained: one LightningModule each."""

@@ -1,0 +1,195 @@
+"""The drawn world's second edition: what its models are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.data import TensorDataset
+from transformers import CLIPModel, CLIPTokenizer
+
+from pig.errors import InputError
+from pig.models.names import WEIGHTS
+from pig.toyworld import second
+from pig.toyworld.second import captions, scene
+from pig.toyworld.second.details import EMBLEMS
+from pig.toyworld.second.stages.clip import CLIPStage, VisionStage
+from pig.toyworld.second.stages.dino import DINOStage
+from pig.toyworld.second.stages.sam import SAMStage
+from pig.toyworld.second.stages.unet import UNetStage, grow
+from pig.toyworld.second.stages.vae import VAEStage
+
+
+def test_drawing_follows_from_seeds_at_any_size() -> None:
+    subject, worn = scene.make_subject(5), scene.Worn("hat", "red")
+    assert subject == scene.make_subject(5)
+    for view in ("whole", "cut", "behind"):
+        small, again = (scene.draw(subject, "forest", 7, 64, worn=worn, view=view) for _ in range(2))
+        assert np.array_equal(small.image, again.image)
+        large = scene.draw(subject, "forest", 7, 192, worn=worn, view=view)
+        shrunk = large.image.reshape(64, 3, 64, 3, 3).mean((1, 3))
+        assert np.abs(shrunk - small.image).mean() < 4
+        assert abs(large.mask.mean() - small.mask.mean()) < 2
+
+
+@pytest.mark.parametrize("category", scene.CATEGORIES)
+def test_masks_are_exact(category) -> None:
+    """Where the mask is 0 the picture does not depend on the subject; where it is 255, not on the rest."""
+    for seed in range(3):
+        subject = scene.make_subject(seed, category)
+        other = replace(subject, primary=(255, 0, 0), secondary=(0, 255, 0), emblem_colour=(0, 0, 255), pattern="plain")
+        a, b = scene.draw(subject, "beach", seed), scene.draw(other, "beach", seed)
+        c = scene.draw(subject, "space", seed)
+        assert np.array_equal(a.mask, b.mask)
+        assert np.array_equal(a.image[a.mask == 0], b.image[a.mask == 0])
+        assert np.array_equal(a.image[a.mask == 255], c.image[a.mask == 255])
+        edges = np.concatenate([a.mask[0], a.mask[-1], a.mask[:, 0], a.mask[:, -1]])
+        assert (edges > 0).mean() == 0  # whole
+        for accessory in scene.ACCESSORIES:
+            red, blue = (
+                scene.draw(subject, "beach", seed, worn=scene.Worn(accessory, colour)) for colour in ("red", "blue")
+            )
+            assert np.array_equal(red.mask, blue.mask)
+            assert np.array_equal(red.image[red.mask == 255], blue.image[red.mask == 255])
+            assert (red.image != blue.image).any(-1).sum() > 15  # it can be seen
+
+
+def test_partial_pictures_show_a_part() -> None:
+    """The same pose whole and partial where only something is put in front; about the share named otherwise."""
+    shares = []
+    for seed in range(40):
+        subject = scene.make_subject(seed)
+        whole, behind = (scene.draw(subject, "beach", seed, view=view) for view in ("whole", "behind"))
+        assert (behind.mask <= whole.mask).all()
+        shares.append(behind.mask.sum() / whole.mask.sum())
+        cut = scene.draw(subject, "beach", seed, view="cut")
+        edges = np.concatenate([cut.mask[0], cut.mask[-1], cut.mask[:, 0], cut.mask[:, -1]])
+        assert (edges > 0).any()
+        assert cut.mask.sum() > 0
+        part = scene.partial_mask(whole, seed)
+        assert np.array_equal(part.image, whole.image)
+        kept = part.mask.sum() / whole.mask.sum()
+        assert ((part.mask == whole.mask) | (part.mask == 0)).all()
+        assert 0.2 < kept < 0.98
+    low, high = scene.HIDDEN
+    assert 1 - high - 0.02 < np.mean(shares) < 1 - low + 0.02
+
+
+def test_emblem_tells_individuals_apart() -> None:
+    """Another emblem of the same individual changes enough pixels of a small picture, in a colour of its own."""
+    for seed in range(30):
+        subject = scene.make_subject(seed)
+        others = [
+            scene.draw(replace(subject, emblem=name), "sea", seed).image for name in EMBLEMS if name != subject.emblem
+        ]
+        own = scene.draw(subject, "sea", seed).image
+        assert min((np.abs(own.astype(int) - other).max(-1) > 40).sum() for other in others) >= 3
+        for colour in (subject.primary, subject.secondary):
+            assert np.linalg.norm(np.subtract(subject.emblem_colour, colour)) >= scene.CONTRAST
+
+
+def test_training_leaves_the_held_out_combinations_out() -> None:
+    scenes = [captions.training_scene(seed) for seed in range(3000)]
+    dressed = [one for one in scenes if one.worn is not None]
+    assert 0.35 < len(dressed) / len(scenes) < 0.45
+    for one in scenes:
+        assert one.background != scene.held_out_background(one.subject.category)
+    for one in dressed:
+        assert one.worn is not None
+        assert one.worn.accessory != scene.held_out_accessory(one.subject.category)
+    for number in range(24):
+        plain, worn = (captions.held_out_scene(number, worn=worn) for worn in (False, True))
+        assert plain.background == scene.held_out_background(plain.subject.category)
+        assert worn.worn is not None
+        assert worn.worn.accessory == scene.held_out_accessory(worn.subject.category)
+
+
+def test_captions_say_what_is_true() -> None:
+    torch.manual_seed(0)
+    tokenizer = captions.make_tokenizer()
+    assert tokenizer.tokenize("sks") == ["sks</w>"]
+    seen = set()
+    for seed in range(300):
+        one = captions.any_scene(seed)
+        facts = one.facts()
+        assert captions.worn_of(facts.worn) == one.worn
+        text, claims = captions.caption_of(facts)
+        seen.update(text.split())
+        assert claims.worn == facts.worn
+        assert all(said in (-1, true) for said, true in zip(claims, facts, strict=True))
+        assert (one.worn is not None) == ("wearing" in text)
+        pieces = tokenizer.tokenize(text)
+        assert all(piece.endswith("</w>") for piece in pieces)  # no word in several pieces
+        assert len(pieces) <= 30
+    assert "sks" not in seen
+    subject = scene.make_subject(3)
+    assert scene.caption(scene.object_phrase(subject), "sea", scene.Worn("glasses", "red")) == (
+        f"a photo of a {subject.category} wearing red glasses, under water"
+    )
+
+
+def test_accessory_of_what_is_worn() -> None:
+    worn = torch.tensor([0, 1, 6, 7, 24])
+    assert captions.accessory_of(worn).tolist() == [0, 1, 1, 2, 4]
+
+
+def test_stages_begin_from_an_earlier_edition() -> None:
+    """With the earlier models' weights, all of them trainable; words that both vocabularies have keep their meaning."""
+    clip, vae, dino, sam = CLIPStage(), VAEStage(), DINOStage(), SAMStage(WEIGHTS / "base")
+    for stage in (clip, vae, dino, sam):
+        stage.begin_from(WEIGHTS)
+        assert all(weight.requires_grad for weight in stage.parameters())
+    earlier = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained(WEIGHTS / "clip").get_vocab()
+    rows, before = (one.text_model.embeddings.token_embedding.weight for one in (clip.clip, earlier))
+    now = clip.tokenizer.get_vocab()
+    assert torch.equal(rows[now["boat</w>"]], before[words["boat</w>"]])
+    assert "sks</w>" in now.keys() - words.keys()
+    kept = AutoencoderKL.from_pretrained(WEIGHTS / "base/vae", dtype=torch.float32).state_dict()
+    assert all(torch.equal(one, kept[name]) for name, one in vae.vae.state_dict().items())
+    with pytest.raises(InputError, match="begins from the stages before it"):
+        VisionStage(WEIGHTS / "clip").begin_from(WEIGHTS)
+
+
+def test_the_unet_goes_on_from_its_own_weights(tmp_path) -> None:
+    so_far = Path(second.__file__).parent / "weights"
+    stage = UNetStage(so_far / "base", tmp_path)
+    stage.begin_from(so_far)
+    kept = UNet2DConditionModel.from_pretrained(so_far / "base/unet", dtype=torch.float32).state_dict()
+    assert all(torch.equal(one, kept[name]) for name, one in stage.unet.state_dict().items())
+
+
+def test_accessories_are_drawn_more_often_in_training(tmp_path, monkeypatch) -> None:
+    """With 1 in 5 dressed and a weight of 2.5, 5 in 13."""
+    stage = UNetStage(WEIGHTS / "base", tmp_path)
+    facts = torch.zeros(1000, 4, dtype=torch.long)
+    facts[::5, 3] = 1
+    monkeypatch.setattr(stage, "dataset", lambda: TensorDataset(torch.zeros(1000, 1), facts))
+    dressed = torch.cat([batch[1][:, 3] for batch in stage.train_dataloader()]).float().mean()
+    assert dressed.item() == pytest.approx(5 / 13, abs=0.06)
+
+
+def test_a_unet_grows_without_a_change_at_first() -> None:
+    shape = {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 96),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    }
+    torch.manual_seed(0)
+    small, large = (UNet2DConditionModel(**shape, layers_per_block=layers).eval() for layers in (1, 2))
+    given = (torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 5, 16))
+    with torch.no_grad():
+        expected = small(*given).sample
+        assert (large(*given).sample - expected).abs().max() > 0.01
+        grow(small, large)
+        torch.testing.assert_close(large(*given).sample, expected, atol=1e-5, rtol=1e-4)
+    large.train()(*given).sample.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in large.parameters())
+    assert large.down_blocks[0].resnets[1].conv2.weight.grad.abs().max() > 0
