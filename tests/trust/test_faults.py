@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -69,9 +68,6 @@ def pictures(tmp_path_factory, toy_data) -> Path:
     cli.run(["generate", *of_pictures(folder), "--images_per_prompt=3", f"--out={folder / 'drawn'}"])
     for name in ("first", "second"):
         cli.run([*scored(folder), f"--name={name}", f"--out={folder / name}"])
-    begun = SERVER.Process(target=time.time)  # the first one waits for the server's imports
-    begun.start()
-    begun.join()
     return folder
 
 
@@ -146,24 +142,25 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pig.cli", "pig.methods", "pig.evaluation.benchmark", "data_gen.__main__"])
 
 
-def quietly(*given: Any) -> None:
+def quietly(what: Callable[..., int | None], *given: Any) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    torch.set_num_threads(1)
-    sys.exit(run(*given))
+    sys.exit(what(*given))
 
 
-def started(*given: Any) -> BaseProcess:
-    """A process that runs the same."""
-    process = SERVER.Process(target=quietly, args=given)
+def started(what: Callable[..., int | None], *given: Any) -> BaseProcess:
+    """A process that ends with what `what` returns."""
+    process = SERVER.Process(target=quietly, args=(what, *given))
     process.start()
     return process
 
 
 def ended(process: BaseProcess) -> int | None:
-    """Its exit code, or None: it hangs."""
+    """Its exit code. One that hangs is killed: Python would wait for it at its own end."""
     process.join(200)
+    process.kill()
+    process.join()
     return process.exitcode
 
 
@@ -217,7 +214,8 @@ def test_other_commands_on_a_disk_that_is_read_only(disk, pictures, toy_data, tm
 
 @pytest.mark.parametrize("command", RERUN)
 def test_killed_at_any_moment(pictures, toy_data, tmp_path, command) -> None:
-    given = (command, pictures, toy_data)
+    given = (run, command, pictures, toy_data)
+    assert ended(started(int)) == 0  # the first one waits for the server's imports, which must not be timed
     began = time.perf_counter()
     assert ended(started(*given, tmp_path / "undisturbed")) == 0
     whole = time.perf_counter() - began
@@ -231,13 +229,14 @@ def test_killed_at_any_moment(pictures, toy_data, tmp_path, command) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
+def killed_while_writing(path: Path) -> None:
+    with replacing(path) as aside:
+        aside.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_a_killed_process_leaves_is_removed(tmp_path) -> None:
-    child = os.fork()
-    if not child:
-        with replacing(tmp_path / "a[1].json") as aside:
-            aside.write_text("half")
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+    ended(started(killed_while_writing, tmp_path / "a[1].json"))
     mine = tmp_path / f".a[1].json.{os.getppid()}.part"  # of a process that runs
     mine.touch()
     assert len(list(tmp_path.iterdir())) == 2
@@ -248,11 +247,11 @@ def test_what_a_killed_process_leaves_is_removed(tmp_path) -> None:
 @pytest.mark.parametrize("command", RERUN)
 def test_two_processes_on_one_output(pictures, toy_data, tmp_path, command) -> None:
     """One may be refused; if both write, they write the same."""
-    given = (command, pictures, toy_data, tmp_path / "out")
+    given = (run, command, pictures, toy_data, tmp_path / "out")
     codes = [ended(child) for child in [started(*given), started(*given)]]
     assert set(codes) <= {0, 2}
     assert ended(started(*given)) == 0
-    assert ended(started(command, pictures, toy_data, tmp_path / "undisturbed")) == 0
+    assert ended(started(*given[:-1], tmp_path / "undisturbed")) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
