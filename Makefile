@@ -22,8 +22,10 @@ demo-generated: .venv/.ready ## the same, trained on triplets that the toy model
 		shards.size=135
 	$(BIN)/python -m pig.demo --out runs/demo-generated --triplets $(GENERATED) --beside runs/demo
 
+# A test that hangs for 300 seconds fails; slow ones may take longer.
 test: lint types ## lint, types and tests, under 10 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 test-slow: .venv/.ready ## the tests that take most of a minute each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
