@@ -4,7 +4,6 @@ BIN := .venv/bin
 CONFIG ?= configs/bootpig/toyworld.yaml
 MODEL ?= toyworld
 ARGS ?=
-WEIGHTS_RUN := runs/toyworld/bootpig
 GENERATED := runs/datagen/toyworld_training
 
 .DEFAULT_GOAL := help
@@ -86,21 +85,16 @@ bench-sampling: .venv/.ready ## what an image costs, naive, ours and plain: seco
 
 toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
 	for stage in vae clip vision dino sam unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done
-	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/triplets --count 16000
-	$(BIN)/python -m data_gen triplets --out $(WEIGHTS_RUN)/data/val --count 64 --first_seed 1100000000
-	$(BIN)/python -m data_gen subjects --out $(WEIGHTS_RUN)/data/subjects
-	$(BIN)/python -m pig.cli fit --config $(CONFIG) --config configs/bootpig/toyworld_weights.yaml \
-		$(if $(wildcard $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt),--ckpt_path $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt)
-	$(BIN)/python -m pig.cli export --checkpoint $(WEIGHTS_RUN)/fit/checkpoints/last.ckpt --delta --half \
-		--out pig/toyworld/weights/bootpig
-	for method in ezigen instantbooth ip_adapter; do \
-		run=runs/toyworld/$$method; last=$$run/fit/checkpoints/last.ckpt; \
-		mkdir -p $$run && ln -sfn $(abspath $(WEIGHTS_RUN))/data $$run/data; \
-		$(BIN)/python -m pig.cli fit --config configs/$$method/toyworld.yaml --run $$run \
-			--data.shards "$$run/data/triplets/train-{000000..000007}.tar" $$([ -f $$last ] && echo --ckpt_path $$last) && \
+	$(BIN)/python -m data_gen triplets --out runs/toyworld/data/triplets --count 8000
+	$(BIN)/python -m data_gen triplets --out runs/toyworld/data/val --count 64 --first_seed 1100000000
+	$(BIN)/python -m data_gen subjects --out runs/toyworld/data/subjects
+	for method in bootpig ezigen instantbooth ip_adapter; do \
+		run=runs/toyworld/$$method; last=$$run/fit/checkpoints/last.ckpt; mkdir -p $$run && ln -sfn ../data $$run/data; \
+		$(BIN)/python -m pig.cli fit --config configs/$$method/toyworld.yaml --run $$run --trainer.limit_val_batches 0 \
+			$$([ -f $$last ] && echo --ckpt_path $$last) && \
 		$(BIN)/python -m pig.cli export --checkpoint $$last --delta --half --out pig/toyworld/weights/$$method || exit 1; \
 	done
-	rm -r pig/toyworld/weights/ip_adapter/image_encoder # it is weights/clip
+	rm -r pig/toyworld/weights/ip_adapter/image_encoder pig/toyworld/weights/*/README.md # it is weights/clip; no cards
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -64,7 +64,7 @@ SWEEP: dict[str, list[str]] = {
     "identifier and noun": ["--words=subject"],
     "coarse layers": ["--coarse"],
 }
-IDENTIFIER = "q"  # of the toy config
+IDENTIFIER = "sks"
 PROMPTS, STEPS = 3, 12
 SAMPLER = "--scheduler=ddim"
 LEVELS = (100, 300, 500, 700, 900)  # timesteps at which the word maps are measured

@@ -1,11 +1,13 @@
 """What each setting of the sampling does to the scores, on the toy world: `make sweep`.
 
     python -m benchmarks.sweep [--out runs/sweep] [--subjects 50] [--seeds 3] [--model toyworld] [--beside MODEL]
+        [--tables TITLE ...]
 
 50 held-out subjects, each under the one background that no training picture of its category has, three seeds; one
 setting changed at a time: those of the model's method. `--beside`: a BootPIG, to be scored beside it at several
 guidances. Intervals are of the mean over subjects (95 %, bootstrap), differences are paired by
-subject. What is drawn is kept: a sweep that was stopped goes on.
+subject. What is drawn is kept: a sweep that was stopped goes on. The table of partial pictures (three in four show a
+part of the subject) is compared with one of them, not with the usual row.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ USUAL: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_infer
 IMAGE_GUIDANCE, TEXT_GUIDANCE = (1.0, 3.0, 5.0, 7.0), (1.0, 1.5, 3.0)
 FASTER = {"reference_every": 2, "deep_every": 2}
 
-# Row -> settings besides the usual ones; `references`: how many, one by default.
+# Row -> settings besides the usual ones; `references`: how many, one by default; `partial`: of the partial pictures.
 Table = dict[str, dict[str, Any]]
 GUIDANCE: Table = {
     f"{im:g} / {text:g}": {"image_guidance": im, "text_guidance": text}
@@ -42,6 +44,9 @@ GUIDANCE: Table = {
 }
 BOOTPIG: dict[str, Table] = {
     "References": {f"{count} references": {"references": count} for count in (2, 3, 4)},
+    "Partial pictures": {
+        f"{count} partial picture{'s' * (count > 1)}": {"references": count, "partial": True} for count in (1, 2, 3, 4)
+    },
     "Pooling, 4 references": {name: {"references": 4, "pooling": name} for name in ("argmax", "mean", "concat")},
     "Noise and caption of the references": {
         "fixed noise": {"reference_noise": "fixed"},
@@ -110,12 +115,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", default="toyworld")
     parser.add_argument("--beside")
+    parser.add_argument("--tables", nargs="+", help="these only, by their titles")
     chosen = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     console, out = Console(soft_wrap=True), chosen.out
     usual, first, tables = METHODS[find_model(chosen.model).method]
-    draw_subjects(out / "subjects", chosen.subjects, 64)
-    subjects = read_subjects(out / "subjects")
+    if chosen.tables is not None:
+        if unknown := [title for title in chosen.tables if title not in tables]:
+            parser.error(f"--tables {unknown[0]!r} is none of: {'; '.join(tables)}")
+        tables = {title: tables[title] for title in chosen.tables}
+    folders = {partial: out / ("partial" if partial else "subjects") for partial in (False, True)}
+    for partial, folder in folders.items():
+        draw_subjects(folder, chosen.subjects, 64, partial=partial)
+    subjects = read_subjects(folders[False])
     jobs = held_out_jobs(subjects, range(chosen.seeds))
     pipeline, scorer = load_pipeline(chosen.model), toy_scorer(out / "eval")
     rows = {name: (pipeline, told) for table in ({usual: first}, *tables.values()) for name, told in table.items()}
@@ -124,18 +136,26 @@ def main() -> None:
         tables = tables | {"BootPIG": {f"BootPIG, {im:g}": {"image_guidance": im} for im in (1.0, 3.0, 5.0)}}
         rows |= {name: (other, told) for name, told in tables["BootPIG"].items()}
     console.print(f"{len(rows)} settings x {len(jobs)} images")
-    cutouts = {count: cut_out_all(subjects, count) for count in (1, 2, 3, 4)}
+    cutouts = {
+        (partial, count): cut_out_all(read_subjects(folder), count)
+        for partial, folder in folders.items()
+        for count in (1, 2, 3, 4)
+    }
     found: dict[str, dict[str, list[float]]] = {}
     for name, (model, told) in rows.items():
         folder = out / name.replace("/", "-").replace(" ", "_").replace(":", "").replace("%", "pc").replace(",", "")
         usual_here = {control: value for control, value in USUAL.items() if hasattr(model.Settings, control)}
         settings = {**usual_here, **told}
-        references = settings.pop("references", 1)
-        draw_jobs(model, jobs, cutouts[references], folder, settings, batch_size=12)
+        given = cutouts[settings.pop("partial", False), settings.pop("references", 1)]
+        draw_jobs(model, jobs, given, folder, settings, batch_size=12)
         found[name] = scorer.score(folder, subjects).per_subject()
         console.print(f"{name}: DINO {fmean(found[name]['dino']):.3f}  CLIP-T {fmean(found[name]['clip_t']):.3f}")
     (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    text = "\n\n".join(markdown(title, usual, list(table), found) for title, table in tables.items())
+    parts = []
+    for title, table in tables.items():
+        first_row, *others = table if title == "Partial pictures" else (usual, *table)
+        parts.append(markdown(title, first_row, others, found))
+    text = "\n\n".join(parts)
     (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
     written = ["sweep.json", "sweep.md"]
     if "Guidance" in tables:
@@ -147,11 +167,11 @@ def main() -> None:
 
 
 def markdown(title: str, usual: str, names: list[str], found: dict[str, dict[str, list[float]]]) -> str:
-    """A row for each setting, the usual one first: score [interval], and DINO's difference to the usual [interval]."""
+    """A row for each setting, `usual` first: score [interval], and DINO's difference to `usual` [interval]."""
     lines = [
         f"**{title}**",
         "",
-        "| | DINO | against usual | CLIP-I | CLIP-T | prompt found |",
+        "| | DINO | against the first | CLIP-I | CLIP-T | prompt found |",
         "|---|---|---|---|---|---|",
     ]
     for name in (usual, *names):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_gen.config import load_config
 from data_gen.photos import pack_photos
-from data_gen.toyworld import draw_subjects, draw_triplets
+from data_gen.toyworld import PARTIAL_SHARE, draw_subjects, draw_triplets
 from pig.arguments import Parser, parse
 from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError, check_ranges, check_text, run_command
@@ -27,7 +27,7 @@ SIZES = (8, 4096)  # sides of a picture, in pixels
 STAGES = ("captions", "images", "masks", "quality", "shards")
 
 
-def triplets(out: Path, count: int = 8000, size: int = 64, first_seed: int = 0) -> None:
+def triplets(out: Path, count: int = 8000, size: int = 64, first_seed: int = 0, partial: float = PARTIAL_SHARE) -> None:
     """Draw triplets of the toy world.
 
     Args:
@@ -35,21 +35,25 @@ def triplets(out: Path, count: int = 8000, size: int = 64, first_seed: int = 0) 
         count: how many.
         size: side of a picture in pixels.
         first_seed: of the first subject; each has a seed of its own.
+        partial: share of references that show a part of the object only.
     """
     check_ranges(**{"--count": (count, 1, 10**9), "--size": (size, *SIZES), "--first_seed": (first_seed, 0, 10**10)})
-    draw_triplets(out, count, size, first_seed)
+    check_ranges(**{"--partial": (partial, 0, 1)})
+    draw_triplets(out, count, size, first_seed, partial=partial)
 
 
-def subjects(out: Path, count: int = 24, size: int = 64) -> None:
+def subjects(out: Path, count: int = 24, size: int = 64, first: int = 0, partial: bool = False) -> None:
     """Draw held-out subjects of the toy world, with masks and prompts, in DreamBooth's layout.
 
     Args:
         out: folder for the subjects.
         count: how many.
         size: side of a picture in pixels.
+        first: number of the first one; each has a seed of its own.
+        partial: three pictures in four show a part of the subject, cut by the frame's edge or behind something.
     """
-    check_ranges(**{"--count": (count, 1, 10**6), "--size": (size, *SIZES)})
-    draw_subjects(out, count, size)
+    check_ranges(**{"--count": (count, 1, 10**6), "--size": (size, *SIZES), "--first": (first, 0, 10**8)})
+    draw_subjects(out, count, size, first=first, partial=partial)
 
 
 def photos(photos: Path, out: Path, object: str, size: int = 512, cutting_out: CuttingOut | None = None) -> None:

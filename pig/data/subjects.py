@@ -224,14 +224,19 @@ def prompt_kind(template: str) -> PromptKind:
     return "accessory" if re.search(r"\b(wearing|outfit)\b", template) else "scene"
 
 
-def write_prompts(folder: Path, classes: Sequence[tuple[str, str]], templates: Sequence[str]) -> None:
-    """Write `prompts_and_classes.txt`; templates hold `{0}` (identifier) and `{1}` (class noun)."""
-    prompts = (
-        "prompt_list = [\n" + ",\n".join(f"'{one}'.format(unique_token, class_token)" for one in templates) + "\n]"
-    )
+def write_prompts(
+    folder: Path, classes: Sequence[tuple[str, str]], objects: Sequence[str], live: Sequence[str]
+) -> None:
+    """Write `prompts_and_classes.txt`; the prompts of object and live classes hold `{0}` (identifier) and `{1}` (class
+    noun)."""
+
+    def of(templates: Sequence[str]) -> str:
+        lines = ",\n".join(f"'{one}'.format(unique_token, class_token)" for one in templates)
+        return f"prompt_list = [\n{lines}\n]"
+
     lines = [f"{name},{noun}" for name, noun in classes]
     (folder / PROMPTS_FILE).write_text(
         "\n".join(["Classes", "", "subject_name,class", *lines, "", "Prompts", ""])
-        + f"\nObject Prompts\n\n{prompts}\n\nLive Subject Prompts\n\n{prompts}\n",
+        + f"\nObject Prompts\n\n{of(objects)}\n\nLive Subject Prompts\n\n{of(live)}\n",
         encoding="utf-8",
     )

@@ -3,9 +3,9 @@
     python -m pig.toyworld.pretrain vae|clip|vision|dino|sam|unet [--out DIR] [--work DIR]
 
 Each stage is a LightningModule with its settings at the top of the class; a stage that was stopped goes on from its
-last checkpoint in `--work`. `clip` also makes the tokenizer; `sam` needs `vae`, and `unet` needs `vae` and `clip`. They
-leave `base/` (a Stable Diffusion folder), `clip/`, `dino/` and `sam/` in `--out`, loaded as the hub's models are.
-`make toyworld-weights` does all, and trains the methods' deltas on them.
+last checkpoint in `--work`. `clip` also makes the tokenizer; `sam` needs `vae`, `vision` needs `clip`, and `unet` needs
+`vae` and `clip`; its report needs `vision`. They leave `base/` (a Stable Diffusion folder), `clip/`, `dino/` and `sam/`
+in `--out`, loaded as the hub's models are. `make toyworld-weights` does all, and trains the methods' deltas on them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pig.toyworld.stages.vae import VAEStage
 from pig.training.checkpoints import WholeCheckpoints
 
 
-def make_stage(name: str, out: Path) -> Stage:
+def make_stage(name: str, out: Path, work: Path) -> Stage:
     if name == "unet":
-        return UNetStage(out / "base")
+        return UNetStage(out / "base", work)
     if name == "sam":
         return SAMStage(out / "base")
     if name == "vision":
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    train(make_stage(args.stage, args.out), args.stage, args.out, args.work)
+    train(make_stage(args.stage, args.out, args.work), args.stage, args.out, args.work)
 
 
 def train(stage: Stage, name: str, out: Path, work: Path) -> None:

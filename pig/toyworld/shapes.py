@@ -54,33 +54,6 @@ class Brush:
             self.canvas.paste(Image.fromarray(ramp).resize((self.canvas.width, height)), (0, rows.start))
 
 
-# -- patterns: features of at least 0.36 object units, which is 8 pixels of a 64-pixel picture ------------------------
-
-
-def pattern_of(pattern: str, shift: float) -> Iterator[Points]:
-    """The places of the secondary colour, in object coordinates; `shift` moves them."""
-    grid = np.arange(-1.5, 1.6, 0.42)
-    match pattern:
-        case "half":
-            yield box(-2, 0.12 + shift, 2, 2)
-        case "band":
-            yield box(-2, -0.22 + shift, 2, 0.24 + shift)
-        case "stripes":
-            for y in grid[::2]:
-                yield box(-2, y + shift, 2, y + 0.42 + shift)
-        case "bars":
-            for x in grid[::2]:
-                yield box(x + shift, -2, x + 0.42 + shift, 2)
-        case "checks":
-            for i, x in enumerate(grid):
-                for y in grid[i % 2 :: 2]:
-                    yield box(x + shift, y, x + shift + 0.42, y + 0.42)
-        case "dots":
-            for i, x in enumerate(np.arange(-1.5, 1.6, 0.5)):
-                for y in np.arange(-1.5 + 0.3 * (i % 2), 1.6, 0.6):
-                    yield ellipse(x + shift, y, 0.19, 0.19)
-
-
 # -- objects: parts from back to front, (role, polygon); a, b, c are the subject's shape parameters in [0, 1] ----------
 
 Part = tuple[str, Points]

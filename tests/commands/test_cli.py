@@ -34,7 +34,6 @@ BELOW = {
     "sd21_24gb.yaml": "configs/bootpig/sd21.yaml",
     "own_photos.yaml": "configs/bootpig/sd21.yaml",
     "sd21_sharded.yaml": "configs/bootpig/sd21.yaml",
-    "toyworld_weights.yaml": TOY,
     "toyworld_regularised.yaml": "configs/dreambooth/toyworld.yaml",
     **{  # the rows of Table 3
         f"{name}.yaml": "configs/instantbooth/toyworld.yaml"
@@ -43,8 +42,8 @@ BELOW = {
 }
 # What else of a method's configs cannot be had here: an image encoder of the hub, a token that the toy does not have.
 ABSENT = {
-    "dreambooth": {"identifier": "q"},
-    "instantbooth": {"image_encoder": "toyworld", "identifier": "q"},
+    "dreambooth": {"identifier": "sks"},
+    "instantbooth": {"image_encoder": "toyworld", "identifier": "sks"},
     "ip_adapter": {"image_encoder": "toyworld"},
 }
 HERE = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--model.base=toyworld"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tournaments import CONFIG, without_trials
 
 from pig import cli
 from pig.commands.tournament import plan
@@ -22,9 +23,6 @@ from pig.commands.tournament.config import Claim, load_config
 from pig.commands.tournament.standings import Standing, gaps, judge, ranks
 from pig.evaluation.results import Result
 from pig.methods import METHODS
-
-CONFIG = Path("configs/tournament/toyworld.yaml")
-
 
 # -- what is made of results ------------------------------------------------------------------------------------------
 
@@ -125,7 +123,7 @@ def test_a_method_joins_by_one_line(tmp_path, toy_data, monkeypatch) -> None:
     prompts.write_text("a photo of a {0} {1}, on a beach\n")
     given = [f"out={out}", "seeds=[0]", "samples=8", f"subjects={toy_data / 'subjects'}", f"prompts={prompts}"]
     line = f"methods.mine={{config: {file}, words: --data.batch_size=4}}"
-    config = load_config(CONFIG, [*given, line, "drawing=--steps=1 --batch_size=12"])
+    config = load_config(CONFIG, [*given, *without_trials(), line, "drawing=--steps=1 --batch_size=12"])
     (training,) = (chain for chain in plan.trainings(config, plan.SAMPLES) if chain[0].name.startswith("mine/"))
     run = plan.training_folder(config, "mine", plan.SAMPLES, 0)
     run.mkdir(parents=True)

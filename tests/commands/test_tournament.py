@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tournaments import CONFIG, without_trials
 
 from pig import cli
 from pig.arguments import parse
@@ -17,7 +18,6 @@ from pig.commands.tournament.run import claim, is_done, record_of
 from pig.errors import InputError
 from pig.models.names import TOYWORLD
 
-CONFIG = Path("configs/tournament/toyworld.yaml")
 CLAIMS = sorted(Path("configs/claims").glob("*.yaml"))
 
 
@@ -27,8 +27,8 @@ def words_of(chains: list[plan.Chain]) -> list[tuple[str, ...]]:
 
 @pytest.fixture
 def config(tmp_path) -> Tournament:
-    """The toy world's, whose first trainings are done."""
-    told = load_config(CONFIG, [f"out={tmp_path}"])
+    """The toy world's without trials, whose first trainings are done."""
+    told = load_config(CONFIG, [f"out={tmp_path}", *without_trials()])
     for number, (name, method) in enumerate(told.methods.items()):
         if method.kind == "trained":
             run = tmp_path / name / plan.SAMPLES / "0" / "fit"  # its default_root_dir
@@ -49,15 +49,18 @@ def test_all_are_trained_on_the_same(config) -> None:
         assert len(of_seed) == 4
         assert shared == {
             (
-                *("pig.cli", "fit", f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.max_steps=600"),
+                *("pig.cli", "fit", f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.max_steps=300"),
                 "--trainer.limit_val_batches=0",
             )
         }
 
 
-def test_all_are_drawn_and_scored_alike(config) -> None:
+def test_all_are_drawn_and_scored_alike(config, tmp_path) -> None:
     drawn = [words for words in words_of(plan.drawings(config)) if "generate" in words]
-    own = ("--model", "--out", "--references_per_subject", "--image_guidance")
+    assert {word for words in drawn for word in words if word.startswith("--subjects")} == {
+        f"--subjects={tmp_path}/data/{folder}" for folder in ("subjects", "partial")
+    }
+    own = ("--model", "--out", "--subjects", "--references_per_subject", "--image_guidance")
     assert len({tuple(word for word in words if not word.startswith(own)) for words in drawn}) == 1
     scored = [words for words in words_of(plan.drawings(config)) if "evaluate" in words]
     own = ("--images", "--out", "--name")
@@ -76,11 +79,11 @@ def test_equal_time_is_that_of_the_one_that_all_are_compared_with(config) -> Non
 
 def test_trials_are_as_many_for_each(config, tmp_path) -> None:
     some = "[--image_guidance=3, --image_guidance=5]"
-    given = [f"out={tmp_path}", "validation=v", f"methods.bootpig.trials={some}"]
+    given = [f"out={tmp_path}", *without_trials(), "validation=v", f"methods.bootpig.trials={some}"]
     with pytest.raises(InputError, match=r"must have the same number, got \[1, 2\]"):
         load_config(CONFIG, [*given, "methods.ezigen.trials=[--loops=1]"])
     with pytest.raises(InputError, match="trials need validation"):
-        load_config(CONFIG, [f"out={tmp_path}", f"methods.bootpig.trials={some}"])
+        load_config(CONFIG, [*given, "validation=''"])
     found = words_of(plan.trials(load_config(CONFIG, given)))
     assert sum("generate" in words for words in found) == 2
     assert all("--subjects=v" in words for words in found)
@@ -122,7 +125,7 @@ AGAIN = ["methods.mean.kind=again", "methods.mean.of=bootpig", "methods.mean.ref
 
 
 def test_one_draws_again_with_the_weights_of_another(config, tmp_path) -> None:
-    told = load_config(CONFIG, [f"out={tmp_path}", *AGAIN])
+    told = load_config(CONFIG, [f"out={tmp_path}", "partial=''", *without_trials(), *AGAIN])
     assert words_of(plan.trainings(told, plan.SAMPLES)) == words_of(plan.trainings(config, plan.SAMPLES))
     drawn = [words for words in words_of(plan.drawings(told)) if "generate" in words and "--x" in words]
     assert [word for words in drawn for word in words if word.startswith("--model")] == [
@@ -130,7 +133,7 @@ def test_one_draws_again_with_the_weights_of_another(config, tmp_path) -> None:
     ]
     assert all("--references_per_subject=4" in words for words in drawn)
     of_tuned = ["methods.early.kind=again", "methods.early.of=dreambooth", "methods.early.drawn=--step=5"]
-    drawn = words_of(plan.drawings(load_config(CONFIG, [f"out={tmp_path}", *of_tuned])))
+    drawn = words_of(plan.drawings(load_config(CONFIG, [f"out={tmp_path}", *without_trials(), *of_tuned])))
     early = [words for words in drawn if "generate" in words and "--step=5" in words]
     assert [f"--model={tmp_path}/dreambooth/tuned/{seed}/models" in early[seed] for seed in (0, 1)] == [True, True]
     less = ["methods.bootpig.seeds=[7]", "methods.dreambooth.seeds=[8]"]
@@ -141,7 +144,9 @@ def test_one_draws_again_with_the_weights_of_another(config, tmp_path) -> None:
 
 
 def test_tuned_methods_have_as_many_seeds(config, tmp_path) -> None:
-    told = load_config(CONFIG, [f"out={tmp_path}", "validation=v", "methods.dreamblend.trials=[--early=1]"])
+    told = load_config(
+        CONFIG, [f"out={tmp_path}", *without_trials(), "validation=v", "methods.dreamblend.trials=[--early=1]"]
+    )
     words = [words for words in words_of(plan.tunings(told)) if "--config=configs/dreambooth/toyworld.yaml" in words]
     seeds = [word for one in words for word in one if word.startswith(("--seed_everything", "--subjects"))]
     benchmark = f"--subjects={tmp_path}/data/subjects"
@@ -164,9 +169,12 @@ def claims(**changed: str) -> str:
     ("changed", "message"),
     [
         ({"higher": "x"}, r"claims\[0\].higher 'x' is none of bootpig, bootpig, 1 whole picture, "),
-        ({"lower": "bootpig, 1 partial picture"}, r"claims\[0\].lower 'bootpig, 1 partial picture' is none of"),
+        (
+            {"lower": "bootpig, 1 partial picture", "more": "partial=''"},
+            r"claims\[0\].lower 'bootpig, 1 partial picture' is none of",
+        ),
         ({"score": "fid"}, r"claims\[0\].score 'fid' is none of dino"),
-        ({"prompts": "long"}, r"claims\[0\].prompts 'long' is none of scene"),
+        ({"prompts": "long"}, r"claims\[0\].prompts 'long' is none of accessory"),
         ({"lower": "bootpig, 1 whole picture"}, r"claims\[0\]: higher and lower are the same"),
         ({"score": "diversity", "more": "drawing=--images_per_prompt=1"}, r"claims\[0\]: diversity needs two images"),
         ({"prompts": "plain", "more": "prompts=FILE"}, r"claims\[0\].prompts 'plain' is none of property, scene"),
@@ -221,7 +229,7 @@ def test_bad_input(tmp_path) -> None:
 def test_a_folder_holds_one_tournament(tmp_path) -> None:
     claim(load_config(CONFIG, [f"out={tmp_path}"]))
     claim(load_config(CONFIG, [f"out={tmp_path}"]))
-    with pytest.raises(InputError, match="was begun with other settings: samples was 19200, now it is 64"):
+    with pytest.raises(InputError, match="was begun with other settings: samples was 9600, now it is 64"):
         claim(load_config(CONFIG, [f"out={tmp_path}", "samples=64"]))
     with pytest.raises(InputError, match=r"seeds was \[0, 1\], now it is \[0\]"):
         claim(load_config(CONFIG, [f"out={tmp_path}", "seeds=[0]"]))
@@ -249,9 +257,7 @@ def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("file", [*CLAIMS, *CONFIG.parent.glob("*.yaml")], ids=lambda file: file.stem)
 def test_as_many_images_are_scored_as_drawn(tmp_path, file) -> None:
-    told = load_config(
-        file, [f"out={tmp_path}", *[f"methods.{name}.trials=[]" for name in load_config(file, []).methods]]
-    )
+    told = load_config(file, [f"out={tmp_path}", *without_trials(file)])
     for chain in plan.drawings(told):
         for draw, score in zip(chain[::2], chain[1::2], strict=False):
             drawn = [word for word in draw.words if word.startswith("--images_per_prompt")]
@@ -262,7 +268,7 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {0} {1} on a beach\na red {0} {1}\n")
     given = [f"subjects={toy_data / 'subjects'}", f"prompts={prompts}", "drawing=--steps=50 --images_per_prompt=3"]
-    config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", *given])
+    config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", "partial=''", *without_trials(), *given])
     kept = ("bootpig", "dreambooth", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}
     config.methods["bootpig"].common = ""

@@ -153,7 +153,7 @@ def test_bad_input_of_tune(tuned, toy_data, tmp_path, monkeypatch, capsys) -> No
             words(config, tuned / "subjects", tuned / "out", "--model.lr=1e-3"),
             "was begun with model.init_args.lr=0.0001",
         ),
-        (words(config, tuned / "subjects", out, "--model.identifier=sks"), "'sks' is 3 tokens"),
+        (words(config, tuned / "subjects", out, "--model.identifier=zwx"), "'zwx' is 3 tokens"),
         (words(config, tuned / "subjects", out, "--model.save_at=[9]"), "step 9 lies behind trainer.max_steps=4"),
         (words(config, tuned / "subjects", out, "--shard=2/2"), "--shard must be I/N"),
         (words(config, tuned / "subjects", out, "--workers=0"), "--workers and --threads"),
@@ -251,7 +251,7 @@ def test_a_delta_is_there_before_its_checkpoint(toy_data, tmp_path, monkeypatch)
     def fit() -> None:
         keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=0)
         quiet = {**QUIET, "enable_checkpointing": True, "callbacks": [keep], "default_root_dir": tmp_path}
-        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="q", save_at=[2]), data)
+        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="sks", save_at=[2]), data)
 
     def die(*_: object, **__: object) -> None:
         raise OSError("no space left")

@@ -49,8 +49,8 @@ def test_words_with_their_places() -> None:
         "a",
         "beach",
     ]
-    found = words_of(tokenizer, "a sks mug")  # which is three tokens of the toy's
-    assert found == [("a", [1]), ("sks", [2, 3, 4]), ("mug", [5])]
+    found = words_of(tokenizer, "a zwx mug")  # which is three tokens of the toy's
+    assert found == [("a", [1]), ("zwx", [2, 3, 4]), ("mug", [5])]
 
 
 def test_bad_input(toy_data, tmp_path, monkeypatch, capsys) -> None:
@@ -58,7 +58,7 @@ def test_bad_input(toy_data, tmp_path, monkeypatch, capsys) -> None:
     for changed, message in (
         (words(tmp_path / "maps", toy_data, "toyworld"), "give a file such as maps.png"),
         ([*given, "--prompt", "a mug", "a cat"], "one --prompt of one subject"),
-        (words(tmp_path / "maps.png", toy_data, "toyworld/instantbooth", "--identifier", "sks"), "'sks' is 3 tokens"),
+        (words(tmp_path / "maps.png", toy_data, "toyworld/instantbooth", "--identifier", "zwx"), "'zwx' is 3 tokens"),
     ):
         assert message in refused(monkeypatch, capsys, *changed), changed
     assert not list(tmp_path.iterdir())

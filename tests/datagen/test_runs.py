@@ -31,12 +31,12 @@ from pig.errors import InputError, ending
 
 
 def test_stages_alone_from_disk_to_disk(tmp_path, capsys) -> None:
-    run(["captions", str(CONFIG), f"output={tmp_path / 'out'}", "captions.count=4"])
+    run(["captions", str(CONFIG), f"output={tmp_path / 'out'}", "captions.count=8"])
     rows = captions.read_captions(tmp_path / "out" / captions.FILE)
     folder = tmp_path / "folder"
     write_samples(folder, [Sample(f"{i}", row.caption, row.object, i) for i, row in enumerate(rows)])
     for stage in ("images", "masks", "quality", "shards"):
-        run([stage, str(CONFIG), str(folder), f"output={tmp_path / 'out'}", "images.steps=3", "quality.border=0"])
+        run([stage, str(CONFIG), str(folder), f"output={tmp_path / 'out'}", "images.steps=10", "quality.border=0"])
     accepted = [row for row in read_lines(folder / quality.DONE) if row["reason"] is None]
     (shard,), _ = find_shards(str(tmp_path / "out"))
     assert shard.stats.count == len(accepted) > 0

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import xml.etree.ElementTree
 from collections.abc import Iterator
 from contextlib import suppress
@@ -200,22 +201,33 @@ def test_a_sweep_of_settings(tmp_path, monkeypatch, capsys) -> None:
     tables = {
         "Guidance": {"1 / 1.5": {"image_guidance": 1.0}},
         "Scheduler": {"ddim": {"references": 2, "scheduler": "ddim"}},
+        "Partial pictures": {"1 partial": {"partial": True}, "4 partial": {"references": 4, "partial": True}},
     }
     usual = sweep.METHODS["bootpig"][0]
     monkeypatch.setitem(sweep.METHODS, "bootpig", (usual, {}, tables))
     monkeypatch.setattr("sys.argv", ["sweep", "--out", str(tmp_path), "--subjects", "3", "--seeds", "1"])
     sweep.main()
     found = json.loads((tmp_path / "sweep.json").read_text())
-    assert set(found) == {usual, "1 / 1.5", "ddim"}
+    assert set(found) == {usual, "1 / 1.5", "ddim", "1 partial", "4 partial"}
+    assert found["1 partial"] != found[usual]
     assert all(len(scores["dino"]) == 3 for scores in found.values())
     text = (tmp_path / "sweep.md").read_text()
     scores = found["ddim"]["dino"]
     low, high = interval(scores)
     assert f"| ddim | {sum(scores) / 3:.3f} [{low:.3f}, {high:.3f}]" in text
+    gap = sum(found["4 partial"]["dino"]) / 3 - sum(found["1 partial"]["dino"]) / 3
+    assert re.search(rf"\| 4 partial \| \S+ \[.*?\] \| {re.escape(f'{gap:+.3f}')} ", text)
     before = (tmp_path / "ddim/manifest.jsonl").stat().st_mtime_ns
     sweep.main()
     assert (tmp_path / "ddim/manifest.jsonl").stat().st_mtime_ns == before
     assert "3 of 3 images are finished" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--tables", "Scheduler"])
+    sweep.main()
+    assert set(json.loads((tmp_path / "sweep.json").read_text())) == {usual, "ddim"}
+    monkeypatch.setattr("sys.argv", [*sys.argv, "Nothing"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "--tables 'Nothing' is none of: Guidance; Scheduler; Partial pictures" in capsys.readouterr().err
 
 
 def test_curves_of_resumed_runs(tmp_path) -> None:

@@ -47,7 +47,7 @@ def registered(monkeypatch) -> None:
 
 
 # `sks` is three tokens of the toy's vocabulary.
-OPTIONS: dict[str, dict[str, Any]] = {method: {"identifier": "q"} for method in ("dreambooth", "instantbooth")}
+OPTIONS: dict[str, dict[str, Any]] = {method: {"identifier": "sks"} for method in ("dreambooth", "instantbooth")}
 TUNED = ("dreambooth", "textual_inversion")
 
 
@@ -58,7 +58,7 @@ def make_module(method: str) -> PersonalisationModule:
 def make_pipeline(method: str) -> SubjectPipeline:
     """Untrained."""
     if method == "dreamblend":  # early and late alike
-        settings = {"identifier": "q"}
+        settings = {"identifier": "sks"}
         return pipeline_class(method).from_backbone(load_backbone("toyworld"), base="toyworld", settings=settings)
     return load_pipeline("base:toyworld", "cpu") if method == "base" else make_module(method).pipeline()
 

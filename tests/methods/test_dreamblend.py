@@ -25,7 +25,7 @@ PROMPTS = ["a photo of a mug, on a beach", "a photo of a mug, in space"]
 
 
 def tuned(seed: int) -> DreamBooth:
-    module = DreamBooth("toyworld", identifier="q", text_guidance=3.0)
+    module = DreamBooth("toyworld", identifier="sks", text_guidance=3.0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for one in module.trainable().values():
@@ -79,7 +79,7 @@ def test_maps_are_those_of_plain_attention() -> None:
 
     unet.set_attn_processor(Watched())
     unet(latents, torch.tensor([500] * 3), text)
-    assert len(seen) == len(maps) == 7
+    assert len(seen) == len(maps) == 11
     for one, other in zip(maps.values(), seen, strict=True):
         torch.testing.assert_close(one, other[-2:], atol=5e-5, rtol=0)  # layers behind it see other rounding
         torch.testing.assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
@@ -251,7 +251,7 @@ def test_bad_input(blend, monkeypatch) -> None:
         draw(blend)
     with pytest.raises(InputError, match="does not hold its class noun"):
         draw(blend, "a photo of a cat")
-    tuned_text = DreamBooth("toyworld", identifier="q", lr_text_encoder=1e-6).pipeline()
+    tuned_text = DreamBooth("toyworld", identifier="sks", lr_text_encoder=1e-6).pipeline()
     with pytest.raises(InputError, match="one text encoder for both"):
         DreamBlendPipeline.of(tuned_text, copy.copy(tuned_text))
     with pytest.raises(InputError, match="dreamblend:FOLDER, made by `tune`"):

@@ -29,7 +29,7 @@ from pig.models.names import WEIGHTS
 from pig.sampling.delta import save_delta
 from pig.training.tuned import draw_class_pictures
 
-PROMPT = "a photo of a q mug, on a beach"
+PROMPT = "a photo of a sks mug, on a beach"
 SETTINGS = {"text_guidance": 3.0}
 
 
@@ -49,7 +49,7 @@ def first_batch(data: SubjectDataModule) -> Batch:
 
 
 def tuned(**told: Any) -> DreamBooth:
-    return DreamBooth("toyworld", identifier="q", text_guidance=3.0, **told)
+    return DreamBooth("toyworld", identifier="sks", text_guidance=3.0, **told)
 
 
 def moved(module: DreamBooth) -> DreamBooth:
@@ -67,7 +67,7 @@ def recipe(batch: Batch, unet: nn.Module, prior_weight: float) -> Tensor:
     scheduler = DDPMScheduler.from_config(backbone.scheduler.config)
     of_class = batch.of_class or [False] * len(batch.keys)
     order = [*(i for i, prior in enumerate(of_class) if not prior), *(i for i, prior in enumerate(of_class) if prior)]
-    prompts = ["a photo of a mug" if of_class[i] else "a photo of a q mug" for i in order]
+    prompts = ["a photo of a mug" if of_class[i] else "a photo of a sks mug" for i in order]
     pixels = batch.target[order]
     latents = torch.cat([backbone.vae.encode(one[None]).latent_dist.mode() for one in pixels]).detach()
     latents = latents * backbone.vae.config.scaling_factor
@@ -217,7 +217,7 @@ def test_the_identifier_stands_before_the_noun(prior) -> None:
     with pytest.raises(InputError, match="where shall the identifier stand"):
         pipeline("a photo of a mug")
     with pytest.raises(InputError, match="is 3 tokens"):
-        DreamBooth("toyworld")
+        DreamBooth("toyworld", identifier="zwx")
     with pytest.warns(UserWarning, match="'mug' is a common word"):
         DreamBooth("toyworld", identifier="mug")
 
@@ -266,7 +266,7 @@ def test_pipeline_is_of_the_method(toy_data) -> None:
     pipeline = module.pipeline()
     assert isinstance(pipeline, DreamBoothPipeline)
     assert pipeline.unet is module.net.unet
-    assert copy.deepcopy(pipeline.config.settings) == {"identifier": "q", "text_guidance": 3.0}
+    assert copy.deepcopy(pipeline.config.settings) == {"identifier": "sks", "text_guidance": 3.0}
 
 
 def test_regularised_maps(toy_data, prior) -> None:

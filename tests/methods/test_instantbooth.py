@@ -54,7 +54,7 @@ def vision() -> CLIPVisionModelWithProjection:
 
 @pytest.fixture(scope="module")
 def pipe() -> InstantBoothPipeline:
-    module = InstantBooth("toyworld", identifier="q")
+    module = InstantBooth("toyworld", identifier="sks")
     changed(module.net)
     return module.pipeline()
 
@@ -163,15 +163,16 @@ def test_the_identifiers_place() -> None:
         with pytest.raises(InputError, match=message):
             with_identifier(prompt, noun, "sks")
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "base/tokenizer")
-    with pytest.raises(InputError, match="'sks' is 3 tokens"):
-        identifier_token(tokenizer, "sks")
-    tokenizer.add_tokens("sks")  # as a vocabulary that has it
-    assert identifier_token(tokenizer, "sks") == len(tokenizer) - 1
+    assert tokenizer.convert_ids_to_tokens(identifier_token(tokenizer, "sks")) == "sks</w>"
+    with pytest.raises(InputError, match="'zwx' is 3 tokens"):
+        identifier_token(tokenizer, "zwx")
+    tokenizer.add_tokens("zwx")  # as a vocabulary that has it
+    assert identifier_token(tokenizer, "zwx") == len(tokenizer) - 1
 
 
 def test_the_concept_in_the_text(pipe) -> None:
-    ids = tokenize(pipe.tokenizer, ["a photo of a q mug"])
-    token = identifier_token(pipe.tokenizer, "q")
+    ids = tokenize(pipe.tokenizer, ["a photo of a sks mug"])
+    token = identifier_token(pipe.tokenizer, "sks")
     there = ids[0] == token
     plain = pipe.text_encoder(ids)[0]
     f_c = torch.full((1, plain.shape[-1]), 0.5)
@@ -199,9 +200,9 @@ def test_sampling_written_plainly(pipe, cutouts) -> None:
         side = net.vision.config.image_size
         pictures = torch.stack([to_tensor(reference_picture(one, side, BLACK)) for one in cutouts[:2]])
         f_c, f_p = net.read(pictures[None])
-        ids = tokenize(pipe.tokenizer, ["a photo of a q mug, on a beach"])
+        ids = tokenize(pipe.tokenizer, ["a photo of a sks mug, on a beach"])
         text = pipe.text_encoder(ids)[0]
-        text[ids == identifier_token(pipe.tokenizer, "q")] = alpha * f_c[0]
+        text[ids == identifier_token(pipe.tokenizer, "sks")] = alpha * f_c[0]
         empty = pipe.encode_text([""])
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
         scheduler = pipe.scheduler_of(pipe.settings(num_inference_steps=3))
@@ -217,9 +218,9 @@ def test_nothing_of_the_subject(pipe, cutouts) -> None:
     found = draw(pipe, cutouts, beta=0.0, alpha=0.0, text_guidance=1.0, output_type="latent")
     base = load_backbone("toyworld")
     with torch.no_grad():
-        ids = tokenize(pipe.tokenizer, ["a photo of a q mug, on a beach"])
+        ids = tokenize(pipe.tokenizer, ["a photo of a sks mug, on a beach"])
         text = pipe.text_encoder(ids)[0]
-        text[ids == identifier_token(pipe.tokenizer, "q")] = 0
+        text[ids == identifier_token(pipe.tokenizer, "sks")] = 0
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
         scheduler = pipe.scheduler_of(pipe.settings(num_inference_steps=3))
         for t in scheduler.timesteps:
@@ -256,7 +257,7 @@ def pictures_of(cutouts: list[Image.Image]) -> Tensor:
     ],
 )
 def test_table_3(toy_data, options, groups) -> None:
-    module = InstantBooth("toyworld", identifier="q", **options)
+    module = InstantBooth("toyworld", identifier="sks", **options)
     assert set(module.groups) == groups
     changed(module.net, 0.01)
     module.losses(batch_of(toy_data, background="black"), training=True)[0].mean().backward()
@@ -299,12 +300,12 @@ def test_bad_input(toy_data, pipe, cutouts, tmp_path, monkeypatch, capsys) -> No
     ):
         with pytest.raises(InputError, match=message):
             draw(pipe, cutouts, **given)
-    assert torch.equal(draw(pipe, cutouts, "a photo of a q mug, on a beach", class_noun=""), draw(pipe, cutouts))
-    with pytest.raises(InputError, match="'sks' is 3 tokens"):
-        InstantBooth("toyworld")
+    assert torch.equal(draw(pipe, cutouts, "a photo of a sks mug, on a beach", class_noun=""), draw(pipe, cutouts))
+    with pytest.raises(InputError, match="'zwx' is 3 tokens"):
+        InstantBooth("toyworld", identifier="zwx")
     with pytest.raises(InputError, match="model.lr_vision must be between 0 and 1"):
-        InstantBooth("toyworld", identifier="q", lr_vision=-1.0)
-    module = InstantBooth("toyworld", identifier="q")
+        InstantBooth("toyworld", identifier="sks", lr_vision=-1.0)
+    module = InstantBooth("toyworld", identifier="sks")
     batch = batch_of(toy_data, background="black")
     batch.objects[1] = "dragon"
     with pytest.raises(InputError, match=rf"sample {batch.keys[1]}: .*'dragon'"):
@@ -313,7 +314,7 @@ def test_bad_input(toy_data, pipe, cutouts, tmp_path, monkeypatch, capsys) -> No
     with pytest.raises(InputError, match=r"data.augmentation.background to black"):
         Trainer(max_steps=1, **QUIET).fit(module, on_white)
     with pytest.raises(InputError, match="tuned_vision_layers must be between 1 and"):
-        InstantBooth("toyworld", identifier="q", tuned_vision_layers=99)
+        InstantBooth("toyworld", identifier="sks", tuned_vision_layers=99)
     pipe.save_pretrained(tmp_path / "model")
     cutouts[0].save(tmp_path / "mug.png")
     words = ["generate", "--model", tmp_path / "model", "--references", tmp_path / "mug.png", "--prompt", PROMPT]

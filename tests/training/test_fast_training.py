@@ -354,7 +354,7 @@ def test_a_compiled_step_is_the_plain_one(toy_data, monkeypatch, method) -> None
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, **how, backend="eager"))
     counted = torch._dynamo.utils.counters["stats"]
     counted.clear()
-    told = {"identifier": "q"} if method in ("instantbooth", "dreambooth") else {}
+    told = {"identifier": "sks"} if method in ("instantbooth", "dreambooth") else {}
     batch = next(iter(TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64).train_dataloader()))
     found = []
     for compiled in (False, True):

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Dataset
 
-from pig.errors import InputError
 from pig.models.backbone import half_is_fast
 
 
@@ -30,10 +29,6 @@ class Stage(LightningModule):
 
     def dataset(self) -> Dataset[Any]:
         raise NotImplementedError
-
-    def begin_from(self, weights: Path) -> None:
-        """Take over what an earlier edition's models in `weights` know, in place of a start from nothing."""
-        raise InputError(f"{type(self).__name__} begins from the stages before it: leave --start out")
 
     def save(self, out: Path) -> None:
         """Write what was learnt in its public format below `out`."""

@@ -13,17 +13,18 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pig.models.encoders import tokenize
-from pig.toyworld import scene
 from pig.toyworld.captions import (
     CATEGORIES,
     COLOURS,
     PLACES,
     SIZE,
     TOKENS,
+    all_captions,
+    any_scene,
     caption_of,
     facts_of,
     make_tokenizer,
-    random_scenes,
+    render,
     report_clip,
     standardised,
 )
@@ -38,6 +39,7 @@ class CLIPStage(Stage):
     """
 
     steps, batch_size, lr = 2000, 128, 1e-3
+    scenes = 24_000
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,14 +58,13 @@ class CLIPStage(Stage):
         self.clip.set_attn_implementation("eager")  # see UNetStage
 
     def dataset(self) -> Dataset[Any]:
-        images, subjects, background = random_scenes(24_000, first_seed=0)
-        facts = torch.tensor([facts_of(s, b) for s, b in zip(subjects, background, strict=True)])
-        return TensorDataset(images, facts)
+        scenes = [any_scene(seed) for seed in range(self.scenes)]
+        return TensorDataset(render(scenes), facts_of(scenes))
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, facts = batch
         texts, claims = zip(*(caption_of(row) for row in facts.tolist()), strict=True)
-        claim = torch.tensor(claims, device=self.device)  # (B, 3), -1 where the caption says nothing
+        claim = torch.tensor(claims, device=self.device)  # (B, 4), -1 where the caption says nothing
         true = ((claim == facts[:, None]) | (claim < 0)).all(-1).float()  # [image, text]
         shift = torch.randint(-4, 5, (2,)).tolist()
         pixels = standardised(images.roll(shift, (2, 3)), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -89,29 +90,28 @@ class CLIPStage(Stage):
 class VisionStage(Stage):
     """Bring CLIP's image tower, the slower learner, up to its text tower, which stays as `clip` left it.
 
-    Every picture is held against all captions of its kind: 120 of category and background, 144 of colour and
-    category (LiT, arXiv 2111.07991, with the whole vocabulary in place of the batch).
+    Every picture is held against all captions of each kind: category with place, with colour, and with what is worn
+    (LiT, arXiv 2111.07991, with the whole vocabulary in place of the batch). The projection of texts, of which the base
+    model's text encoder has no part, learns, too.
     """
 
     steps, batch_size, lr = 7000, 128, 1e-3
+    scenes = 48_000
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
-        self.weights = weights
         self.tokenizer = CLIPTokenizer.from_pretrained(weights)
         self.clip = CLIPModel.from_pretrained(weights, dtype=torch.float32, attn_implementation="eager")
         self.clip.text_model.requires_grad_(False)
-        self.clip.text_projection.requires_grad_(False)
-        places = [scene.caption(category, place) for category in CATEGORIES for place in PLACES]
-        colours = [f"a photo of a {colour} {category}" for category in CATEGORIES for colour in COLOURS]
+        kinds = all_captions()
+        self.counts = [len(texts) for texts in kinds]
+        ids = tokenize(self.tokenizer, [text for texts in kinds for text in texts])
         with torch.no_grad():
-            embeds = self.clip.get_text_features(input_ids=tokenize(self.tokenizer, places + colours)).pooler_output
-        self.register_buffer("captions", F.normalize(embeds, dim=-1), persistent=False)
-        self.places = len(places)
+            self.register_buffer("texts", self.clip.text_model(ids).pooler_output, persistent=False)
 
     def dataset(self) -> Dataset[Any]:
-        images, subjects, background = random_scenes(48_000, first_seed=0)
-        return TensorDataset(images, torch.tensor([facts_of(s, b) for s, b in zip(subjects, background, strict=True)]))
+        scenes = [any_scene(seed) for seed in range(self.scenes)]
+        return TensorDataset(render(scenes), facts_of(scenes))
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, facts = batch
@@ -120,13 +120,16 @@ class VisionStage(Stage):
         if torch.rand(()) < 0.5:
             pixels = pixels.flip(3)
         embeds = F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
-        logits = self.clip.logit_scale.exp() * embeds @ self.captions.T
-        category, place, colour = facts.unbind(1)
-        place_logits, colour_logits = logits[:, : self.places], logits[:, self.places :]
-        right = place_logits.argmax(1) // len(PLACES) == category
-        self.log("category", right.float().mean(), prog_bar=True)
-        return F.cross_entropy(place_logits, category * len(PLACES) + place) + F.cross_entropy(
-            colour_logits, category * len(COLOURS) + colour
+        captions = F.normalize(self.clip.text_projection(self.texts).float(), dim=-1)
+        places, colours, worn = (self.clip.logit_scale.exp() * embeds @ captions.T).split(self.counts, dim=1)
+        category, place, colour, wears = facts.unbind(1)
+        of_worn = category * (worn.shape[1] // len(CATEGORIES)) + wears
+        self.log("category", (places.argmax(1) // len(PLACES) == category).float().mean(), prog_bar=True)
+        self.log("worn", (worn.argmax(1) == of_worn).float().mean(), prog_bar=True)
+        return (
+            F.cross_entropy(places, category * len(PLACES) + place)
+            + F.cross_entropy(colours, category * len(COLOURS) + colour)
+            + F.cross_entropy(worn, of_worn)
         )
 
     def save(self, out: Path) -> None:

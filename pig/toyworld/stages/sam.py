@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pig.models.segmenters import SamSize, build_sam, encode, masks_for, save_sam
 from pig.toyworld import scene
-from pig.toyworld.captions import PLACES, SIZE
+from pig.toyworld.captions import SIZE, any_scene
 from pig.toyworld.stages.base import Stage, autocast
 
 
@@ -27,9 +27,9 @@ class SAMStage(Stage):
     the squared error of the predicted IoU. Half of the pictures went through the VAE, as those of the UNet will have.
     """
 
-    steps, batch_size, lr = 4000, 16, 1e-3
+    steps, batch_size, lr = 6000, 16, 1e-3
     size = SamSize(image=SIZE, patch=4, width=96, depth=4, heads=4, prompt_width=64)
-    drawn = 16_000
+    drawn = 24_000
     points = 3  # prompts of one point a picture; the last lies on the background
 
     def __init__(self, base: Path) -> None:
@@ -39,13 +39,11 @@ class SAMStage(Stage):
 
     @staticmethod
     def scenes(count: int, first_seed: int) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, SIZE, SIZE) and masks (N, SIZE, SIZE), uint8."""
-        images, masks = [], []
-        for seed in tqdm(range(first_seed, first_seed + count), desc="drawing", mininterval=5):
-            drawing = scene.draw(scene.make_subject(seed), PLACES[seed % len(PLACES)], seed, SIZE)
-            images.append(torch.tensor(drawing.image).permute(2, 0, 1))
-            masks.append(torch.tensor(drawing.mask))
-        return torch.stack(images), torch.stack(masks)
+        """Pictures (N, 3, SIZE, SIZE) and masks (N, SIZE, SIZE), uint8: the visible part, without what is worn."""
+        seeds = tqdm(range(first_seed, first_seed + count), desc="drawing", mininterval=5)
+        drawings = [any_scene(seed, accessories=0.3, partial=0.3).draw() for seed in seeds]
+        images = torch.stack([torch.tensor(one.image).permute(2, 0, 1) for one in drawings])
+        return images, torch.stack([torch.tensor(one.mask) for one in drawings])
 
     @torch.no_grad()
     def dataset(self) -> Dataset[Any]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from pig.toyworld import scene
-from pig.toyworld.captions import SIZE, random_scenes
+from pig.toyworld.captions import SIZE, any_scene, render
 from pig.toyworld.stages.base import Stage
 
 
@@ -26,7 +26,7 @@ class VAEStage(Stage):
 
     steps, batch_size, lr = 3200, 16, 2e-3
     anchor, noise = 0.2, 0.05
-    channels, scenes = (32, 64, 64), 16_000
+    channels, scenes = (32, 64, 64), 24_000
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class VAEStage(Stage):
     @staticmethod
     def pictures(count: int, first_seed: int) -> Tensor:
         """(count, 3, SIZE, SIZE) uint8."""
-        return random_scenes(count, first_seed=first_seed)[0]
+        return render([any_scene(seed, partial=0.25) for seed in range(first_seed, first_seed + count)])
 
     def dataset(self) -> Dataset[Any]:
         return TensorDataset(self.pictures(self.scenes, 0))

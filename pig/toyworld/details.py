@@ -1,4 +1,4 @@
-"""What the second edition adds to the drawn objects: patterns, emblems, accessories, and where each object wears them.
+"""What the drawn objects bear: patterns, emblems, accessories, and where each object wears them.
 
 Object coordinates as in `pig.toyworld.shapes`: x right, y down, the object within about [-1, 1].
 """

@@ -1,1 +1,0 @@
-"""How the second edition's models are trained: one LightningModule each."""
