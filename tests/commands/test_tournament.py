@@ -33,7 +33,7 @@ def config(tmp_path) -> Tournament:
         if method.kind == "trained":
             run = tmp_path / name / plan.SAMPLES / "0" / "fit"  # its default_root_dir
             run.mkdir(parents=True)
-            told_of = {"seconds": 100.0 * (number + 1), "samples": 19200, "flops_per_sample": 1, "peak_memory_bytes": 1}
+            told_of = {"seconds": 100.0 * (number + 1), "samples": 9600, "flops_per_sample": 1, "peak_memory_bytes": 1}
             (run / plan.COST).write_text(json.dumps(told_of))
     return told
 
@@ -74,7 +74,7 @@ def test_all_are_drawn_and_scored_alike(config, tmp_path) -> None:
 
 def test_equal_time_is_that_of_the_one_that_all_are_compared_with(config) -> None:
     steps = {one.method: plan.steps_of(config, one) for one in plan.entries(config) if one.budget == plan.TIME}
-    assert steps == {"ezigen": 300, "instantbooth": 200, "ip_adapter": 150}
+    assert steps == {"ezigen": 150, "instantbooth": 100, "ip_adapter": 75}
 
 
 def test_trials_are_as_many_for_each(config, tmp_path) -> None:
