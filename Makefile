@@ -66,7 +66,7 @@ dreambooth: .venv/.ready ## DreamBooth, LoRA, Textual Inversion by steps of tuni
 dreamblend: .venv/.ready ## DreamBlend against DreamBooth's own checkpoints, on the toy world, into runs/dreamblend (hours; resumable)
 	$(BIN)/python -W ignore -m benchmarks.dreamblend $(ARGS)
 
-tournament: .venv/.ready ## all methods on one base, data set and benchmark, into runs/tournament (a day or two; resumable)
+tournament: .venv/.ready ## all methods on one base, data set and benchmark, into runs/tournament (hours; resumable)
 	$(BIN)/python -W ignore -m pig.cli tournament configs/tournament/toyworld.yaml $(ARGS)
 
 claims: .venv/.ready ## what the papers say, tested on the toy world, into runs/claims (hours; resumable)
