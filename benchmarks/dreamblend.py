@@ -41,6 +41,7 @@ from pig.models.backbone import encode_images
 from pig.models.encoders import tokenize
 from pig.models.identifier import identifier_token, with_identifier
 from pig.sampling.delta import step_folder, tuned_subjects
+from pig.toyworld.captions import IDENTIFIER
 
 Found = dict[str, dict[str, Scores]]  # row -> drawing -> scores
 
@@ -64,7 +65,6 @@ SWEEP: dict[str, list[str]] = {
     "identifier and noun": ["--words=subject"],
     "coarse layers": ["--coarse"],
 }
-IDENTIFIER = "sks"
 PROMPTS, STEPS = 3, 12
 SAMPLER = "--scheduler=ddim"
 LEVELS = (100, 300, 500, 700, 900)  # timesteps at which the word maps are measured

@@ -42,9 +42,10 @@ GUIDANCE: Table = {
     for text in TEXT_GUIDANCE
     if (im, text) != (5.0, 1.5)
 }
+PARTIAL = "Partial pictures"  # this table's first row is its own: what the others have is no partial picture
 BOOTPIG: dict[str, Table] = {
     "References": {f"{count} references": {"references": count} for count in (2, 3, 4)},
-    "Partial pictures": {
+    PARTIAL: {
         f"{count} partial picture{'s' * (count > 1)}": {"references": count, "partial": True} for count in (1, 2, 3, 4)
     },
     "Pooling, 4 references": {name: {"references": 4, "pooling": name} for name in ("argmax", "mean", "concat")},
@@ -130,11 +131,13 @@ def main() -> None:
     subjects = read_subjects(folders[False])
     jobs = held_out_jobs(subjects, range(chosen.seeds))
     pipeline, scorer = load_pipeline(chosen.model), toy_scorer(out / "eval")
-    rows = {name: (pipeline, told) for table in ({usual: first}, *tables.values()) for name, told in table.items()}
+    tables = {title: table if title == PARTIAL else {usual: first, **table} for title, table in tables.items()}
+    rows = {name: (pipeline, told) for table in tables.values() for name, told in table.items()}
     if chosen.beside is not None:
         other = load_pipeline(chosen.beside)
-        tables = tables | {"BootPIG": {f"BootPIG, {im:g}": {"image_guidance": im} for im in (1.0, 3.0, 5.0)}}
-        rows |= {name: (other, told) for name, told in tables["BootPIG"].items()}
+        beside = {f"BootPIG, {im:g}": {"image_guidance": im} for im in (1.0, 3.0, 5.0)}
+        rows |= {usual: (pipeline, first)} | {name: (other, told) for name, told in beside.items()}
+        tables["BootPIG"] = {usual: first, **beside}
     console.print(f"{len(rows)} settings x {len(jobs)} images")
     cutouts = {
         (partial, count): cut_out_all(read_subjects(folder), count)
@@ -151,33 +154,29 @@ def main() -> None:
         found[name] = scorer.score(folder, subjects).per_subject()
         console.print(f"{name}: DINO {fmean(found[name]['dino']):.3f}  CLIP-T {fmean(found[name]['clip_t']):.3f}")
     (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    parts = []
-    for title, table in tables.items():
-        first_row, *others = table if title == "Partial pictures" else (usual, *table)
-        parts.append(markdown(title, first_row, others, found))
-    text = "\n\n".join(parts)
+    text = "\n\n".join(markdown(title, list(table), found) for title, table in tables.items())
     (out / "sweep.md").write_text(text + "\n", encoding="utf-8")
     written = ["sweep.json", "sweep.md"]
     if "Guidance" in tables:
-        points = [Point("5 / 1.5" if name == usual else name, found[name]) for name in (usual, *tables["Guidance"])]
+        points = [Point("5 / 1.5" if name == usual else name, found[name]) for name in tables["Guidance"]]
         (out / "guidance.svg").write_text(plane_svg(points), encoding="utf-8")
         written.append("guidance.svg")
     for name in written:
         console.print(f"  {out / name}")
 
 
-def markdown(title: str, usual: str, names: list[str], found: dict[str, dict[str, list[float]]]) -> str:
-    """A row for each setting, `usual` first: score [interval], and DINO's difference to `usual` [interval]."""
+def markdown(title: str, names: list[str], found: dict[str, dict[str, list[float]]]) -> str:
+    """A row for each setting: score [interval], and DINO's difference to the first row's [interval]."""
     lines = [
         f"**{title}**",
         "",
         "| | DINO | against the first | CLIP-I | CLIP-T | prompt found |",
         "|---|---|---|---|---|---|",
     ]
-    for name in (usual, *names):
+    for name in names:
         scores = found[name]
-        gaps = [a - b for a, b in zip(scores["dino"], found[usual]["dino"], strict=True)]
-        gap = "" if name == usual else f"{fmean(gaps):+.3f} {brackets(gaps, '+.3f')}"
+        gaps = [a - b for a, b in zip(scores["dino"], found[names[0]]["dino"], strict=True)]
+        gap = "" if name == names[0] else f"{fmean(gaps):+.3f} {brackets(gaps, '+.3f')}"
         shown = ("dino", "clip_i", "clip_t", "prompt_accuracy")
         cells = [f"{fmean(scores[one]):.3f} {brackets(scores[one])}" for one in shown]
         cells.insert(1, gap)

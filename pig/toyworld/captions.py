@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,10 +96,19 @@ def held_out_scene(number: int, *, worn: bool) -> Scene:
     return Scene(subject, background, seed, scene.Worn(scene.held_out_accessory(subject.category), colour))
 
 
+def held_out_scenes(count: int) -> list[Scene]:
+    """By turns before their held-out background and with their held-out accessory."""
+    return [held_out_scene(number, worn=bool(number % 2)) for number in range(count)]
+
+
+def pictures_of(drawings: Iterable[scene.Drawing]) -> Tensor:
+    """(N, 3, SIZE, SIZE) uint8."""
+    return torch.stack([torch.tensor(one.image).permute(2, 0, 1) for one in drawings])
+
+
 def render(scenes: Sequence[Scene]) -> Tensor:
     """Pictures (N, 3, SIZE, SIZE) uint8."""
-    rows = tqdm(scenes, desc="drawing", mininterval=5)
-    return torch.stack([torch.tensor(one.draw().image).permute(2, 0, 1) for one in rows])
+    return pictures_of(one.draw() for one in tqdm(scenes, desc="drawing", mininterval=5))
 
 
 def standardised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

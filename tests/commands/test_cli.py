@@ -40,10 +40,9 @@ BELOW = {
         for name in ("no_train_mask", "no_patch_feature", "no_adapter", "before_text", "tuned_clip", "tuned_unet")
     },
 }
-# What else of a method's configs cannot be had here: an image encoder of the hub, a token that the toy does not have.
+# What else of a method's configs cannot be had here: an image encoder of the hub.
 ABSENT = {
-    "dreambooth": {"identifier": "sks"},
-    "instantbooth": {"image_encoder": "toyworld", "identifier": "sks"},
+    "instantbooth": {"image_encoder": "toyworld"},
     "ip_adapter": {"image_encoder": "toyworld"},
 }
 HERE = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--model.base=toyworld"]

@@ -50,6 +50,7 @@ def test_masks_are_exact(category) -> None:
         assert np.array_equal(a.image[a.mask == 255], c.image[a.mask == 255])
         edges = np.concatenate([a.mask[0], a.mask[-1], a.mask[:, 0], a.mask[:, -1]])
         assert (edges > 0).mean() == 0  # whole
+        assert ((a.mask > 0) & (a.mask < 255)).any()  # antialiased
         for accessory in scene.ACCESSORIES:
             red, blue = (
                 scene.draw(subject, "beach", seed, worn=scene.Worn(accessory, colour)) for colour in ("red", "blue")
@@ -98,8 +99,9 @@ def test_training_leaves_the_held_out_combinations_out() -> None:
     scenes = [captions.training_scene(seed) for seed in range(3000)]
     dressed = [one for one in scenes if one.worn is not None]
     assert 0.35 < len(dressed) / len(scenes) < 0.45
-    for one in scenes:
-        assert one.background != scene.held_out_background(one.subject.category)
+    for category in scene.CATEGORIES:
+        backgrounds = {one.background for one in scenes if one.subject.category == category}
+        assert backgrounds == set(scene.BACKGROUNDS) - {scene.held_out_background(category)}
     for one in dressed:
         assert one.worn is not None
         assert one.worn.accessory != scene.held_out_accessory(one.subject.category)
@@ -182,7 +184,8 @@ def test_clip_of_the_card() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
     scenes = [captions.any_scene(scene.HELD_OUT_SEED + 9000 + i) for i in range(120)]
     found = captions.agreement(captions.classify(clip, tokenizer, captions.render(scenes)), captions.facts_of(scenes))
-    assert min(found["category"], found["background"], found["accessory"]) > 0.9
+    assert min(found["category"], found["background"]) > 0.95
+    assert found["accessory"] > 0.9
     assert found["main colour"] > 0.7
 
 

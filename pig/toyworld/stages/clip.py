@@ -31,6 +31,11 @@ from pig.toyworld.captions import (
 from pig.toyworld.stages.base import Stage
 
 
+def pictures_with_facts(count: int) -> TensorDataset:
+    scenes = [any_scene(seed) for seed in range(count)]
+    return TensorDataset(render(scenes), facts_of(scenes))
+
+
 class CLIPStage(Stage):
     """CLIP (both towers) and its tokenizer.
 
@@ -58,8 +63,7 @@ class CLIPStage(Stage):
         self.clip.set_attn_implementation("eager")  # see UNetStage
 
     def dataset(self) -> Dataset[Any]:
-        scenes = [any_scene(seed) for seed in range(self.scenes)]
-        return TensorDataset(render(scenes), facts_of(scenes))
+        return pictures_with_facts(self.scenes)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, facts = batch
@@ -110,8 +114,7 @@ class VisionStage(Stage):
             self.register_buffer("texts", self.clip.text_model(ids).pooler_output, persistent=False)
 
     def dataset(self) -> Dataset[Any]:
-        scenes = [any_scene(seed) for seed in range(self.scenes)]
-        return TensorDataset(render(scenes), facts_of(scenes))
+        return pictures_with_facts(self.scenes)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, facts = batch

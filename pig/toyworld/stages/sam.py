@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pig.models.segmenters import SamSize, build_sam, encode, masks_for, save_sam
 from pig.toyworld import scene
-from pig.toyworld.captions import SIZE, any_scene
+from pig.toyworld.captions import SIZE, any_scene, pictures_of
 from pig.toyworld.stages.base import Stage, autocast
 
 
@@ -42,8 +42,7 @@ class SAMStage(Stage):
         """Pictures (N, 3, SIZE, SIZE) and masks (N, SIZE, SIZE), uint8: the visible part, without what is worn."""
         seeds = tqdm(range(first_seed, first_seed + count), desc="drawing", mininterval=5)
         drawings = [any_scene(seed, accessories=0.3, partial=0.3).draw() for seed in seeds]
-        images = torch.stack([torch.tensor(one.image).permute(2, 0, 1) for one in drawings])
-        return images, torch.stack([torch.tensor(one.mask) for one in drawings])
+        return pictures_of(drawings), torch.stack([torch.tensor(one.mask) for one in drawings])
 
     @torch.no_grad()
     def dataset(self) -> Dataset[Any]:

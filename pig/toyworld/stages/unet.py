@@ -30,7 +30,8 @@ from pig.toyworld.captions import (
     caption_of,
     classify,
     facts_of,
-    held_out_scene,
+    held_out_scenes,
+    pictures_of,
     plain_caption,
     training_scene,
 )
@@ -91,7 +92,7 @@ class UNetStage(Stage):
         emphasis = torch.tensor(self.emphasis).view(2, 1, 1)
         for start in tqdm(range(0, len(scenes), 256), desc="drawing and encoding", mininterval=5):
             drawings = [one.draw() for one in scenes[start : start + 256]]
-            images = torch.stack([torch.tensor(one.image).permute(2, 0, 1) for one in drawings])
+            images = pictures_of(drawings)
             with autocast(self.device):
                 latents.append(encode_images(vae, images.to(self.device).float() / 127.5 - 1).float().cpu())
             masks = torch.stack([torch.tensor(np.stack([one.mask, one.worn])) for one in drawings]).float() / 255
@@ -115,8 +116,7 @@ class UNetStage(Stage):
         return DataLoader(data, self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        scenes = [held_out_scene(number, worn=bool(number % 2)) for number in range(self.held_out)]
-        made = self.encoded(scenes)
+        made = self.encoded(held_out_scenes(self.held_out))
         data = TensorDataset(made["latents"], made["facts"], torch.arange(self.held_out))
         return DataLoader(data, self.batch_size)
 
@@ -192,7 +192,7 @@ def report_base(base: StableDiffusionPipeline, clip: CLIPModel, count: int = 500
     Returns:
         The pictures, (count, 3, SIZE, SIZE) uint8.
     """
-    scenes = [held_out_scene(number, worn=bool(number % 2)) for number in range(count)]
+    scenes = held_out_scenes(count)
     prompts = [
         scene.caption(scene.object_phrase(one.subject, with_colour=i % 5 == 0), one.background, one.worn)
         for i, one in enumerate(scenes)
