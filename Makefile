@@ -36,7 +36,7 @@ lint: .venv/.ready ## ruff: rules and format
 types: .venv/.ready ## mypy on pig/ and data_gen/
 	$(BIN)/mypy
 
-datagen: .venv/.ready ## 256 synthetic triplets by the toy models: captions -> images -> masks -> filters -> shards
+datagen: .venv/.ready ## up to 256 synthetic triplets by the toy models: captions -> images -> masks -> filters -> shards
 	$(BIN)/python -m data_gen configs/datagen/toyworld.yaml $(ARGS)
 
 train: .venv/.ready ## python -m pig.cli fit --config $(CONFIG) $(ARGS); after the demo, on its data, or on yours
@@ -57,10 +57,10 @@ app: .venv/.app ## a page to draw on in the browser, at localhost:7860 (ARGS="--
 test-app: .venv/.browser ## the page driven in Chromium (apt-get install chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m pytest -m browser tests/commands/test_app.py
 
-sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 subjects x 3 seeds, into runs/sweep (an hour)
+sweep: .venv/.ready ## what each setting of the sampling does to the scores: 50 subjects x 3 seeds, into runs/sweep (hours)
 	$(BIN)/python -W ignore -m benchmarks.sweep $(ARGS)
 
-dreambooth: .venv/.ready ## DreamBooth, LoRA, Textual Inversion by steps of tuning, on the toy world, into runs/tuned (hours; resumable)
+dreambooth: .venv/.ready ## DreamBooth, LoRA, Textual Inversion by steps of tuning, on the toy world, into runs/dreambooth_steps (hours; resumable)
 	$(BIN)/python -W ignore -m benchmarks.dreambooth $(ARGS)
 
 dreamblend: .venv/.ready ## DreamBlend against DreamBooth's own checkpoints, on the toy world, into runs/dreamblend (hours; resumable)
@@ -83,7 +83,7 @@ bench-sampling: .venv/.ready ## what an image costs, naive, ours and plain: seco
 	$(BIN)/python -W ignore -m benchmarks.sampling
 	$(BIN)/python -W ignore -m benchmarks.ezigen
 
-toyworld-weights: .venv/.ready ## train the embedded models again from nothing (hours on two cores; resumable)
+toyworld-weights: .venv/.ready ## train the embedded models again from nothing (many hours; resumable)
 	for stage in vae clip vision dino sam unet; do $(BIN)/python -m pig.toyworld.pretrain $$stage || exit 1; done
 	$(BIN)/python -m data_gen triplets --out runs/toyworld/data/triplets --count 8000
 	$(BIN)/python -m data_gen triplets --out runs/toyworld/data/val --count 64 --first_seed 1100000000

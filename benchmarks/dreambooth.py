@@ -1,6 +1,6 @@
 """Tuning per subject on the toy world: how identity, prompt and diversity move with the steps: `make dreambooth`.
 
-    python -m benchmarks.dreambooth [--out runs/tuned] [--subjects 8] [--rows NAME ...]
+    python -m benchmarks.dreambooth [--out runs/dreambooth_steps] [--subjects 8] [--rows NAME ...]
 
 Each row is one `tune` of all subjects; each of its kept steps is drawn under five prompts, two seeds, and scored, as is
 the base model that it starts from. Intervals are of the mean over subjects (95 %, bootstrap). What is finished is kept.
@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "Textual Inversion": ("textual_inversion/toyworld", []),
 }
 DRAWN = ["--steps=12", "--images_per_prompt=2", "--text_guidance=3", "--batch_size=10"]
-PROMPTS = 5  # of each subject's ten
+PROMPTS = 5  # of each subject's sixteen
 BASE = "base model"
 COLUMNS = {
     "dino": "DINO",
@@ -58,7 +58,7 @@ console = Console(soft_wrap=True)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tuned"))
+    parser.add_argument("--out", type=Path, default=Path("runs/dreambooth_steps"))
     parser.add_argument("--subjects", type=int, default=8)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     chosen = parser.parse_args()

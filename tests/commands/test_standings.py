@@ -20,7 +20,7 @@ from tournaments import CONFIG, without_trials
 from pig import cli
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Claim, load_config
-from pig.commands.tournament.standings import Standing, gaps, judge, ranks
+from pig.commands.tournament.standings import Standing, gaps, judge, ledger, ranks
 from pig.evaluation.results import Result
 from pig.methods import METHODS
 
@@ -106,6 +106,23 @@ def test_ranks_know_what_they_do_not_know() -> None:
     found = ranks([low, best, near], "dino")
     assert found["best"] == (1, 1, 1)
     assert found["low"][1:] == found["near"][1:] == (2, 3)
+
+
+def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
+    config = load_config(CONFIG, [f"out={tmp_path}", "seeds=[0]"])
+    drawn = {"dreambooth": ["--step=50"], "dreamblend": ["--early=50", "--late=100"]}
+    config.methods = {name: config.methods[name] for name in drawn}
+    models = tmp_path / "dreambooth/tuned/0/models"
+    for subject in ("boat_000", "mug_001"):
+        (models / subject / "step-000200").mkdir(parents=True)
+        told = {"samples": 400, "seconds": 60.0, "flops_per_sample": 10, "peak_memory_bytes": 1}
+        (models / subject / plan.COST).write_text(json.dumps(told))
+    for name, words in drawn.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        picture = {"trained_weights": 1, "flops_per_picture": 1, "peak_memory_bytes": 1, "seconds_per_picture": 1.0}
+        (tmp_path / name / "picture.json").write_text(json.dumps(picture))
+        (tmp_path / name / plan.CHOSEN).write_text(json.dumps({"words": words}))
+    assert [(row["tuning_samples"], row["tuning_seconds"]) for row in ledger(config)] == [(100, 15), (200, 30)]
 
 
 # -- a method of somebody else's ---------------------------------------------------------------------------------------

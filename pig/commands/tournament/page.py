@@ -34,7 +34,7 @@ from pig.evaluation.tables import TITLES, plain, short
 from pig.files import write_text
 from pig.pages import Markup
 
-PAGES = ("report.html", "tournament.md", "tournament.json")
+PAGES = ("report.html", "tournament.md", "tournament.json", "plane.svg")
 COSTS = {  # of the ledger: key -> heading, factor
     "trained_weights": ("trained weights, M", 1e-6),
     "training_samples": ("training: samples", 1),
@@ -81,14 +81,15 @@ def find(config: Tournament, guests: Sequence[Path]) -> Findings:
 
 
 def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
-    """`report.html`, `tournament.md` and `tournament.json` in the tournament's folder."""
+    """`PAGES` in the tournament's folder."""
     found = find(config, guests)
     first, costs = found.first, found.costs
     tables = all_tables(config, found)
     results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
     lead = [Section(name, tables=[table], note=note) for name, table, note in tables]
     behind = [section.heading for section in lead].index("Standings") + 1
-    lead.insert(behind, Section("The plane", figure_of(plane(first))))
+    drawn = plane(first)
+    lead.insert(behind, Section("The plane", figure_of(drawn)))
     lead.append(Section("Scores over costs", figure_of(scatter(first, costs))))
     trained = any(method.kind == "trained" for method in config.methods.values())
     length = f"; trained on {config.samples:,} samples each" if trained else ""
@@ -102,6 +103,7 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     out = config.folder()
     write_text(out / PAGES[1], markdown(tables))
     write_text(out / PAGES[2], json.dumps(numbers(found), indent=1) + "\n")
+    write_text(out / PAGES[3], drawn)
     return [out / name for name in PAGES]
 
 
