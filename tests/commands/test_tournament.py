@@ -229,7 +229,7 @@ def test_bad_input(tmp_path) -> None:
 def test_a_folder_holds_one_tournament(tmp_path) -> None:
     claim(load_config(CONFIG, [f"out={tmp_path}"]))
     claim(load_config(CONFIG, [f"out={tmp_path}"]))
-    with pytest.raises(InputError, match="was begun with other settings: samples was 9600, now it is 64"):
+    with pytest.raises(InputError, match="was begun with other settings: samples was 4800, now it is 64"):
         claim(load_config(CONFIG, [f"out={tmp_path}", "samples=64"]))
     with pytest.raises(InputError, match=r"seeds was \[0, 1\], now it is \[0\]"):
         claim(load_config(CONFIG, [f"out={tmp_path}", "seeds=[0]"]))
