@@ -271,7 +271,7 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", "partial=''", *without_trials(), *given])
     kept = ("bootpig", "dreambooth", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}
-    config.methods["bootpig"].common = ""
+    config.methods["bootpig"].common = config.methods["dreambooth"].words = ""
     rows = dict(estimate(config))
 
     def passes(what: str) -> float:
