@@ -147,8 +147,9 @@ class Tournament:
         return self.number("images_per_prompt", Output.images_per_prompt)
 
     def batch_size(self, method: Method) -> int:
-        """Samples of a step, by the words of `fit` or else the config."""
-        words = [*self.split(self.fit), *self.split(method.words)]
+        """Samples of a step, by the words of `fit` or `tune`, or else the config."""
+        fit = self.split(self.fit) if method.kind == "trained" else []
+        words = [*fit, *self.split(method.words)]
         size = last(words, "data.batch_size")
         if size is None:
             size = str(read_config(method.config)["data"]["init_args"]["batch_size"])
