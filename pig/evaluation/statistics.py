@@ -18,7 +18,7 @@ def interval(
 
     From 10 subjects on a cluster bootstrap (10,000 draws of whole subjects) with expanded percentiles (Hesterberg 2015,
     "What Teachers Should Know About the Bootstrap", section 4.4), which make up for the bootstrap's deviation being
-    sqrt(1 - 1/n) too small; below that Student's t. Plain percentiles cover .83 instead of .95 with 5 subjects. Of one
+    sqrt(1 - 1/n) too small; below that Student's t. Plain percentiles cover .85 instead of .95 with 5 subjects. Of one
     subject nothing can be said: the mean twice.
 
     values: of each subject; also a paired difference of each. weights: how much each subject counts, alike by default.

@@ -220,6 +220,7 @@ def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     assert scores(outs[0]) == scores(outs[1])
     page = (outs[0] / "report.html").read_text()
+    assert (outs[0] / "plane.svg").read_text() in page
     for heading in ("Claims", "Standings", "Differences to bootpig", "By kind of prompt", "Other conditions", "Costs"):
         assert heading in page
     told = json.loads((outs[0] / "tournament.json").read_text())

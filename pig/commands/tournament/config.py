@@ -137,10 +137,9 @@ class Tournament:
         """Of the weights that a method draws with."""
         return self.weights_of(name)[1].seeds or self.seeds
 
-    def number(self, flag: str, default: int, text: str = "") -> int:
-        """What `--flag=N` says in `text`, or else in `drawing`."""
-        words = [*self.split(self.drawing), *self.split(text)]
-        given = last(words, flag)
+    def number(self, flag: str, default: int, words: Sequence[str] = ()) -> int:
+        """What `--flag=N` says in `words`, or else in `drawing`."""
+        given = last([*self.split(self.drawing), *words], flag)
         return int(given) if given is not None and given.isdigit() else default
 
     def images_per_prompt(self) -> int:

@@ -156,12 +156,12 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
             left_out.append(name)
             continue
         entry = next(one for one in plan.entries(config) if one.method == name)
+        words = config.split(method.drawn)
+        steps = config.number("steps", config.number("num_inference_steps", 50, words), words)
         counted: dict[tuple[int, str], float] = {}  # whole and partial pictures cost the same
         for given in plan.conditions(config, entry):
-            words = [*config.split(method.drawn), *given.words]
-            references = config.number("references_per_subject", 1, " ".join(given.words))
-            steps = config.number("steps", config.number("num_inference_steps", 50, method.drawn), method.drawn)
-            settings = settings_of(pipeline, source, words)
+            references = config.number("references_per_subject", 1, given.words)
+            settings = settings_of(pipeline, source, [*words, *given.words])
             key = (references, str(settings))
             if key not in counted:
                 counted[key] = passes_of_picture(pipeline, references, steps, settings)
@@ -209,5 +209,5 @@ def prior_of(config: Tournament, method: Method) -> dict[str, Any] | None:
 def tuning_samples(config: Tournament, method: Method) -> int:
     """Of a subject's tuning, class pictures among them."""
     told = read_config(method.config)
-    steps = config.number("trainer.max_steps", told["trainer"].get("max_steps", 0), method.words)
+    steps = config.number("trainer.max_steps", told["trainer"].get("max_steps", 0), config.split(method.words))
     return config.batch_size(method) * steps * (2 if prior_of(config, method) else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,7 +195,7 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
             found = training_costs([plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in steps)])
             last = max(int(step.name.partition("-")[2]) for step in steps)
             flag = "late" if config.methods[name].kind == "blended" else "step"  # where on the tuning it is drawn
-            share = config.number(flag, last, shlex.join(plan.chosen(config, name))) / last
+            share = config.number(flag, last, plan.chosen(config, name)) / last
             found |= {key: found[key] * share for key in ("training_samples", "training_seconds", "training_flops")}
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
         rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
