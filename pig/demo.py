@@ -45,7 +45,7 @@ from pig.pages import Markup, data_uri
 from pig.toyworld import scene
 
 CONFIG = Path("configs/bootpig/toyworld.yaml")
-TRAINING_STEPS, BATCH_SIZE = 300, 32  # as in CONFIG; a test compares them
+TRAINING_STEPS, BATCH_SIZE = 300, 16  # as in CONFIG; a test compares them
 TRIPLETS, SUBJECTS, SEEDS = 8000, 24, (0, 1)
 SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
 BASE = {"text_guidance": 3.0, "num_inference_steps": 20}  # the base model's usual guidance

@@ -55,7 +55,7 @@ def attention(
     for flag in ("step", "early", "late"):
         if getattr(what, flag) is not None:
             raise InputError(
-                f"--{flag} is not for attention: give a subject's step as --model, such as DIR/dog/step-000400"
+                f"--{flag} is not for attention: give a subject's step as --model, such as DIR/dog/step-000200"
             )
     for flag in ("image", "mask"):
         if getattr(what, flag) is not None:

@@ -177,8 +177,8 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         elif method.kind == "tuned":
             total["tuning"] += of_sample * unit * tuning_samples(config, method) * len(subjects)
             if (prior := prior_of(config, method)) and one.seed == config.seeds_of(one.method)[0]:
-                drawn = int(prior["count"]) * len({subject.class_noun for subject in subjects})
-                total["tuning"] += drawn * int(prior["steps"]) * 2 * unit
+                drawn = prior["count"] * len({subject.class_noun for subject in subjects})
+                total["tuning"] += drawn * prior["steps"] * 2 * unit
         for given in plan.conditions(config, one):
             sets += 1
             total["pictures"] += of_pictures.get((one.method, given.name), 0.0) * unit * pictures
@@ -197,13 +197,14 @@ def cost(passes: float | None, unit: int) -> str:
     return "" if passes is None else f"{passes:,.1f} passes, {passes * unit / 1e12:,.1f} TFLOP"
 
 
-def prior_of(config: Tournament, method: Method) -> dict[str, Any] | None:
-    """Class pictures of a tuning, which are drawn once for each class."""
+def prior_of(config: Tournament, method: Method) -> dict[str, int] | None:
+    """Class pictures of a tuning, which are drawn once for each class: how many, in how many steps."""
     words = config.split(method.words)
-    if "--data.prior=null" in words:
+    told = read_config(method.config)["data"]["init_args"].get("prior")
+    if told is None or "--data.prior=null" in words:
         return None
-    prior = read_config(method.config)["data"]["init_args"].get("prior")
-    return prior and {"count": 200, "steps": 50, **prior}
+    default = {"count": 200, "steps": 50}
+    return {name: config.number(f"data.prior.{name}", told.get(name, value), words) for name, value in default.items()}
 
 
 def tuning_samples(config: Tournament, method: Method) -> int:
