@@ -31,6 +31,7 @@ class Costs(Callback):
     weights, samples, seconds, FLOPs, memory.
 
     `seconds` are those of the steps and their data, without validation and checkpoints; a resumed run goes on counting.
+    The file is written at each checkpoint, too: a run that was killed behind its last one is not trained again.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,13 @@ class Costs(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._write(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PersonalisationModule)
         if trainer.is_global_zero:
             told = {

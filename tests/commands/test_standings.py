@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def test_claims_hold_or_do_not_or_cannot_be_told(tmp_path) -> None:
     assert found[0].gap.p == pytest.approx(3 * alone.gap.p)  # Holm, of three
     config.claims = [replace(CLAIM, prompts="property")]
     assert [one.verdict for one in judge(config, [low, more])] == ["not scored"]
+    config.claims = [replace(CLAIM, higher="bootpig", lower="bootpig, twice")]
+    (same,) = judge(config, [more, replace(more, condition="twice")])
+    assert same.verdict == "the same images"
 
 
 def test_a_claim_may_name_what_was_given(tmp_path) -> None:
@@ -106,6 +110,8 @@ def test_ranks_know_what_they_do_not_know() -> None:
     found = ranks([low, best, near], "dino")
     assert found["best"] == (1, 1, 1)
     assert found["low"][1:] == found["near"][1:] == (2, 3)
+    twice = ranks([low, standing("again", LOW), best], "dino")
+    assert twice == {"best": (1, 1, 1), "low": (2, 2, 2), "again": (2, 2, 2)}
 
 
 def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
@@ -119,10 +125,18 @@ def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
         (models / subject / plan.COST).write_text(json.dumps(told))
     for name, words in drawn.items():
         (tmp_path / name).mkdir(exist_ok=True)
-        picture = {"trained_weights": 1, "flops_per_picture": 1, "peak_memory_bytes": 1, "seconds_per_picture": 1.0}
+        weights = {"dreambooth": 7, "dreamblend": 0}[name]
+        picture = {
+            "trained_weights": weights,
+            "flops_per_picture": 1,
+            "peak_memory_bytes": 1,
+            "seconds_per_picture": 1.0,
+        }
         (tmp_path / name / "picture.json").write_text(json.dumps(picture))
         (tmp_path / name / plan.CHOSEN).write_text(json.dumps({"words": words}))
-    assert [(row["tuning_samples"], row["tuning_seconds"]) for row in ledger(config)] == [(100, 15), (200, 30)]
+    rows = ledger(config)
+    assert [(row["tuning_samples"], row["tuning_seconds"]) for row in rows] == [(100, 15), (200, 30)]
+    assert [row["trained_weights"] for row in rows] == [7, 7]  # DreamBlend has none of its own, and draws with these
 
 
 # -- a method of somebody else's ---------------------------------------------------------------------------------------
@@ -196,6 +210,10 @@ def scores(out: Path) -> dict[str, object]:
     return {key: told[key] for key in ("gaps", "ranks", "standings", "claims")}
 
 
+def command_of(file: Path) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "pig.cli", "tournament", str(file), "same_time=false"]
+
+
 @pytest.mark.slow
 def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
     """Equal times differ from run to run, so they are left out here."""
@@ -205,7 +223,7 @@ def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
     for out in outs:
         file = tmp_path / f"{out.name}.yaml"
         file.write_text(TINY.format(out=out, prompts=prompts, short=SHORT))
-        command = [sys.executable, "-W", "ignore", "-m", "pig.cli", "tournament", str(file), "same_time=false"]
+        command = command_of(file)
         for _ in range(3 if out.name == "killed" else 0):
             records = len(list((out / "records").rglob("*.json"))) if out.exists() else 0
             process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -233,3 +251,10 @@ def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
     assert costs["bootpig"]["flops_per_picture"] > costs["base"]["flops_per_picture"] > 0
     assert json.loads((outs[0] / "bootpig/chosen.json").read_text())["words"][0].startswith("--image_guidance=")
     assert re.search(r"\| bootpig \| 1 partial picture \|", (outs[0] / "tournament.md").read_text())
+    theirs = tmp_path / "theirs"
+    (made,) = (outs[0] / "base").rglob("images")
+    shutil.copytree(made, theirs)
+    done = subprocess.run([*command_of(tmp_path / "whole.yaml"), f"--also={theirs}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    joined = {one["method"]: one for one in json.loads((outs[0] / "tournament.json").read_text())["standings"]}
+    assert joined["theirs"]["dino"] == joined["base"]["dino"]

@@ -51,6 +51,12 @@ def test_what_a_training_costs(toy_data, tmp_path) -> None:
     assert all(module.get_parameter(name).dtype == torch.bfloat16 for name in frozen)
 
 
+def test_a_training_killed_behind_its_last_checkpoint_has_its_cost(toy_data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Costs, "on_train_end", lambda *_: None)
+    fit(toy_data, tmp_path, 2, callbacks=[Costs()])
+    assert json.loads((tmp_path / "cost.json").read_text())["samples"] == 4
+
+
 @pytest.mark.slow
 def test_counting_changes_no_weight(toy_data, tmp_path) -> None:
     counted, plain = (

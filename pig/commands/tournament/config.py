@@ -15,12 +15,12 @@ from pig.errors import InputError, check_kinds, check_named, check_ranges
 from pig.mistakes import read_config, settings_from
 
 TAKEN = ("data", "records", "logs", "also")  # folders of a tournament
-READ = {  # kind of method -> what it reads, besides `drawn` and `trials`
-    "trained": ("config", "words", "references", "seeds", "common"),
-    "tuned": ("config", "words", "seeds"),
-    "blended": ("of",),
-    "again": ("of", "references", "common"),
-    "base": (),
+READ = {  # kind of method -> what it reads, besides `drawn`
+    "trained": ("config", "words", "references", "seeds", "common", "trials"),
+    "tuned": ("config", "words", "seeds", "trials"),
+    "blended": ("of", "trials"),
+    "again": ("of", "references", "common"),  # drawn as the best trial of the one whose weights it takes
+    "base": ("trials",),
 }
 
 
@@ -209,7 +209,7 @@ def _check(config: Tournament) -> None:
         if method.kind in ("trained", "tuned"):
             _check_experiment(name, method)
             config.batch_size(method)
-        for key in ("config", "words", "of", "references", "seeds", "common"):
+        for key in ("config", "words", "of", "references", "seeds", "common", "trials"):
             if getattr(method, key) and key not in READ[method.kind]:
                 raise InputError(f"methods.{name}.{key}: a method of kind {method.kind} does not read it")
         sources = {"blended": ("tuned",), "again": ("trained", "tuned")}.get(method.kind, ())

@@ -139,8 +139,9 @@ GAPS = (
     "corrected by Holm for the number of methods."
 )
 LEDGER = (
-    "Training: steps with their data, of equal samples. A picture: one at a time, reading the references included; the "
-    "median of three. FLOPs are counted (2 for a multiplication with addition)."
+    "Training: steps with their data. Tuning: without the class pictures, which the first tuning of a class draws. A "
+    "picture: one at a time, reading the references included; the median of three. FLOPs are counted (2 for a "
+    "multiplication with addition)."
 )
 
 
@@ -231,16 +232,19 @@ def _cost(value: float | None, factor: float) -> str:
 
 
 def scatter(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> str:
-    """DINO over what a subject's first picture costs: tuning and drawing."""
-    dino = {one.method: fmean(one.per_subject("dino").values()) for one in reversed(first)}
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="FLOPs until a new subject's first picture", ylabel="DINO (subject)", xscale="log")
-    axes.grid(color="#e5e5e5")
-    axes.margins(0.15)
-    for row in costs:
-        flops = row["flops_per_picture"] + (row.get("tuning_flops") or 0)
-        axes.plot(flops, dino[row["method"]], "o", color="#117755", markersize=5)
-        axes.annotate(row["method"], (flops, dino[row["method"]]), (6, 4), textcoords="offset points", fontsize=9)
+    """DINO and CLIP-T over what a subject's first picture costs: tuning and drawing. Of equal samples only."""
+    flops = {row["method"]: row["flops_per_picture"] + (row.get("tuning_flops") or 0) for row in costs}
+    shown = [one for one in first if one.budget != plan.TIME and one.name in flops]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for number, score in enumerate(COMPARED, 1):
+        axes = figure.add_subplot(1, 2, number, xlabel="FLOPs until a new subject's first picture", xscale="log")
+        axes.set_ylabel(TITLES[score])
+        axes.grid(color="#e5e5e5")
+        axes.margins(0.2)
+        for one in shown:
+            at = flops[one.name], fmean(one.per_subject(score).values())
+            axes.plot(*at, "o", color="#117755", markersize=5)
+            axes.annotate(one.name, at, (6, 4), textcoords="offset points", fontsize=9)
     return svg_of(figure)
 
 

@@ -254,8 +254,7 @@ def trials(config: Tournament) -> list[Chain]:
         condition = Condition("", config.path(config.validation), conditions(config, firsts[name])[0].words)
         for number, line in enumerate(method.trials):
             folder = trial_folder(config, name, number)
-            before = config.split(config.methods[method.of].drawn) if method.kind == "again" else []
-            words = (*before, *config.split(method.drawn), *config.split(line))
+            words = (*config.split(method.drawn), *config.split(line))
             found.append(list(drawn_and_scored(config, model, folder, condition, words, f"{name}, trial {number}")))
     return found
 

@@ -80,7 +80,10 @@ def tournament(
             runner.run("training, equal time", plan.trainings(told, plan.TIME))
         runner.run("trials of settings", plan.trials(told))
         choose(told)
-        runner.run("drawing and scoring", [*plan.drawings(told), *plan.guests(told, guests)])
+        joining = plan.guests(told, guests)
+        for step in (step for chain in joining for step in chain):
+            record_of(told.folder(), step).unlink(missing_ok=True)  # their images may have changed
+        runner.run("drawing and scoring", [*plan.drawings(told), *joining])
         for file in write_pages(told, guests):
             console.print(f"  {file}", highlight=False)
 

@@ -120,6 +120,8 @@ class Tested:
     def verdict(self) -> str:
         if self.gap is None:
             return "not scored"
+        if self.gap.low == self.gap.high == 0:
+            return "the same images"
         if self.gap.p >= LEVEL:
             return "cannot be told"
         return "holds" if self.gap.mean > 0 else "does not hold"
@@ -165,7 +167,7 @@ def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int
     rng = np.random.default_rng(0)
     draws = rng.integers(0, len(shared), (DRAWS, len(shared)))
     means = np.concatenate([values.mean(1)[:, None], values[:, draws].mean(2)], axis=1)  # (entries, 1 + DRAWS)
-    places = (-means).argsort(0).argsort(0) + 1
+    places = 1 + (means[:, None] < means[None]).sum(1)  # equal ones share the higher rank
     found = {}
     for one, place in zip(standings, places, strict=True):
         low, high = np.percentile(place[1:], [2.5, 97.5], method="nearest")
@@ -174,20 +176,20 @@ def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int
 
 
 def ledger(config: Tournament) -> list[dict[str, Any]]:
-    """What each method has cost; None where it does not apply.
+    """What each method has cost, trained on equal samples and for equal time; None where it does not apply.
 
-    training_*: of the equal-samples training, mean over seeds. tuning_*: of a subject, mean over subjects.
+    training_*: mean over seeds. tuning_*: of a subject, mean over subjects.
     """
     rows = []
-    for name in config.methods:
-        top = config.folder() / name
-        picture = read_json(top / "picture.json", f"{top} lacks picture.json: start the tournament again")
-        counts = ("trained_weights", "flops_per_picture", "peak_memory_bytes")
-        check_kinds(picture, {**dict.fromkeys(counts, int), "seconds_per_picture": float}, str(top / "picture.json"))
-        row: dict[str, Any] = {"method": name, "trained_weights": picture["trained_weights"]}
+    for name, budget in dict.fromkeys((one.method, one.budget) for one in plan.entries(config)):
         made_by, source = config.weights_of(name)
+        picture = picture_of(config, name)
+        row: dict[str, Any] = {
+            "method": plan.name_of(name, budget),
+            "trained_weights": picture_of(config, made_by)["trained_weights"],
+        }
         if source.kind == "trained":
-            runs = [plan.training_folder(config, made_by, plan.SAMPLES, seed) for seed in config.seeds_of(name)]
+            runs = [plan.training_folder(config, made_by, budget, seed) for seed in config.seeds_of(name)]
             row |= training_costs([plan.cost_of(source, run) for run in runs])
         elif source.kind == "tuned":
             folders = [plan.training_folder(config, made_by, plan.TUNED, seed) for seed in config.seeds_of(name)]
@@ -200,6 +202,15 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
         rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
     return rows
+
+
+def picture_of(config: Tournament, method: str) -> dict[str, Any]:
+    """What the command `cost` has measured of a method's picture."""
+    file = config.folder() / method / "picture.json"
+    picture = read_json(file, f"{file} is missing: start the tournament again")
+    counts = ("trained_weights", "flops_per_picture", "peak_memory_bytes")
+    check_kinds(picture, {**dict.fromkeys(counts, int), "seconds_per_picture": float}, str(file))
+    return picture
 
 
 def training_costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
