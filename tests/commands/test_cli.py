@@ -89,7 +89,7 @@ def test_claims_tell_fit_what_their_methods_are_called(monkeypatch, tmp_path, fi
     config = load_config(Path(file), [f"out={tmp_path}"])
     step = next(one for (one, _) in plan.trainings(config, plan.SAMPLES) if one.name.startswith(f"{name}/"))
     made = parse(monkeypatch, *(word for word in step.words[2:] if not word.startswith("--trainer.callbacks")), *HERE)
-    assert made.trainer.max_steps == 400
+    assert made.trainer.max_steps == 300
     model, augmentation = made.model.hparams, made.datamodule.augmentation
     method, trained = made.model.method, {name for name, rate in made.model.learning_rates.items() if rate > 0}
     if method == "bootpig":
@@ -100,7 +100,7 @@ def test_claims_tell_fit_what_their_methods_are_called(monkeypatch, tmp_path, fi
         expected = ((1, 1), 0) if name == "no_augmentation" else ((0.6, 1.0), 0.5)
         assert (tuple(augmentation.scale), augmentation.flip) == expected
     elif method == "ezigen":
-        assert model["reference_timestep"] == (1 if name == "everywhere" else int(name.removeprefix("frozen_t_")))
+        assert model["reference_timestep"] == (1 if name == "three_loops" else int(name.removeprefix("frozen_t_")))
     else:
         assert method == "instantbooth"
         row = (

@@ -55,6 +55,25 @@ def test_all_are_trained_on_the_same(config) -> None:
         }
 
 
+@pytest.mark.parametrize("file", [CONFIG, CONFIG.with_name("sd21.yaml")], ids=lambda file: file.stem)
+def test_who_takes_part(file) -> None:
+    told = load_config(file, [])
+    kinds: dict[str, set[str]] = {}
+    for name, method in told.methods.items():
+        kinds.setdefault(method.kind, set()).add(name)
+    assert kinds == {
+        "trained": {"bootpig", "ezigen", "instantbooth", "ip_adapter"},
+        "tuned": {"dreambooth", "dreambooth_lora", "textual_inversion"},
+        "blended": {"dreamblend"},
+        "base": {"base"},
+    }
+    assert (told.references, len(told.seeds), told.same_time) == ([1, 4], 2, True)
+    # Those that have an image guidance, at one value.
+    assert {name: method.common for name, method in told.methods.items() if method.common} == dict.fromkeys(
+        ("bootpig", "ezigen"), "--image_guidance=3"
+    )
+
+
 def test_all_are_drawn_and_scored_alike(config, tmp_path) -> None:
     drawn = [words for words in words_of(plan.drawings(config)) if "generate" in words]
     assert {word for words in drawn for word in words if word.startswith("--subjects")} == {
