@@ -76,7 +76,7 @@ def main() -> None:
     chosen = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     out: Path = chosen.out
-    console.print(f"{len(chosen.rows)} tunings of {chosen.subjects} subjects, some half hour each on a CPU core")
+    console.print(f"{len(chosen.rows)} tunings of {chosen.subjects} subjects, about half an hour each on a CPU core")
     subjects, scorer = made_subjects(out, chosen.subjects, PROMPTS), toy_scorer(out / "eval")
     found: Found = {BASE: {"": score(scorer, draw(out, BASE, "base:toyworld", SAMPLER), subjects)}}
     measures: dict[str, dict[str, float]] = {}

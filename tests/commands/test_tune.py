@@ -151,7 +151,7 @@ def test_bad_input_of_tune(tuned, toy_data, tmp_path, monkeypatch, capsys) -> No
     for given, message in (
         (
             words(config, tuned / "subjects", tuned / "out", "--model.lr=1e-3"),
-            "was begun with model.init_args.lr=0.0001",
+            "was begun with model.init_args.lr=0.0005",
         ),
         (words(config, tuned / "subjects", out, "--model.identifier=zwx"), "'zwx' is 3 tokens"),
         (words(config, tuned / "subjects", out, "--model.save_at=[9]"), "step 9 lies behind trainer.max_steps=4"),
