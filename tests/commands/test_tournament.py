@@ -123,6 +123,10 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
         (["methods.dreamblend.of=bootpig"], "methods.dreamblend.of: name a tuned method"),
         (["against=dreambooth"], "equal time is that of a trained method"),
         (["methods.base.of=bootpig"], "methods.base.of: a method of kind base does not read it"),
+        (
+            ["methods.mean={kind: again, of: bootpig, trials: [--steps=1, --steps=2, --steps=3]}"],
+            "methods.mean.trials: a method of kind again does not read it",
+        ),
         (["methods.dreamblend.seeds=[1]"], "methods.dreamblend.seeds: a method of kind blended does not read it"),
         (["methods.again.kind=again", "methods.again.of=base"], "methods.again.of: name a trained or tuned method"),
         (["methods.bootpig.seeds=[-1]"], "methods.bootpig.seeds: from 0"),
@@ -290,7 +294,7 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", "partial=''", *without_trials(), *given])
     kept = ("bootpig", "dreambooth", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}
-    config.methods["bootpig"].common = config.methods["dreambooth"].words = ""
+    config.methods["bootpig"].common = ""
     rows = dict(estimate(config))
 
     def passes(what: str) -> float:

@@ -209,7 +209,7 @@ def _check(config: Tournament) -> None:
         if method.kind in ("trained", "tuned"):
             _check_experiment(name, method)
             config.batch_size(method)
-        for key in ("config", "words", "of", "references", "seeds", "common", "trials"):
+        for key in dict.fromkeys(key for keys in READ.values() for key in keys):
             if getattr(method, key) and key not in READ[method.kind]:
                 raise InputError(f"methods.{name}.{key}: a method of kind {method.kind} does not read it")
         sources = {"blended": ("tuned",), "again": ("trained", "tuned")}.get(method.kind, ())

@@ -183,8 +183,8 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
     rows = []
     for name, budget in dict.fromkeys((one.method, one.budget) for one in plan.entries(config)):
         made_by, source = config.weights_of(name)
-        picture = picture_of(config, name)
-        row: dict[str, Any] = {
+        row = {
+            **picture_of(config, name),
             "method": plan.name_of(name, budget),
             "trained_weights": picture_of(config, made_by)["trained_weights"],
         }
@@ -200,7 +200,7 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
             share = config.number(flag, last, plan.chosen(config, name)) / last
             found |= {key: found[key] * share for key in ("training_samples", "training_seconds", "training_flops")}
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
-        rows.append({**row, **{key: value for key, value in picture.items() if key != "trained_weights"}})
+        rows.append(row)
     return rows
 
 
