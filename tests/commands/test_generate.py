@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 from conftest import embedded, generate
 from PIL import Image
-from small_networks import tiny_grounding_dino
 
 from pig import cli
 from pig.commands.generate import parse_shard
@@ -22,7 +20,6 @@ from pig.data.subjects import read_subjects
 from pig.data.transforms import MAX_PIXELS
 from pig.errors import InputError
 from pig.methods import load_pipeline
-from pig.models import foreground
 from pig.models.foreground import make_segmenter
 from pig.toyworld import scene
 
@@ -216,39 +213,6 @@ def test_sam_by_the_whole_picture_a_box_or_a_point() -> None:
         ):
             scores.append(overlap(make_segmenter("sam", **shown)(picture, ""), inside))
     assert np.mean(scores) > 0.85
-
-
-def test_grounded_sam_in_the_public_format(monkeypatch, tmp_path) -> None:
-    tiny_grounding_dino(tmp_path / "detector")
-    segment = make_segmenter("grounded-sam", detector=str(tmp_path / "detector"))
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
-    with pytest.raises(InputError, match="needs a class noun"):
-        segment(picture, "")
-    monkeypatch.setattr(foreground, "THRESHOLD", 0.0)  # random weights are never sure
-    assert segment(picture, "red mug").size == (128, 128)
-    monkeypatch.setattr(foreground, "THRESHOLD", 1.0)
-    with pytest.raises(InputError, match="finds no 'red mug'"):
-        segment(picture, "red mug")
-    with pytest.raises(InputError, match="cannot load the detector"):
-        make_segmenter("grounded-sam", detector=str(tmp_path / "none"))
-
-
-def test_rembg_is_asked_as_its_package_wants(monkeypatch) -> None:
-    """The package's own weights are a download; its two functions are stood in for, with its signatures."""
-    monkeypatch.setitem(sys.modules, "rembg", None)
-    with pytest.raises(InputError, match=r"pip install 'pig\[rembg\]'"):
-        make_segmenter("rembg")
-
-    def remove(data: Image.Image, *, session: str, only_mask: bool) -> Image.Image:
-        assert (data.mode, session, only_mask) == ("RGB", "u2net", True)
-        return data.convert("L")
-
-    stand_in = types.SimpleNamespace(remove=remove, new_session=lambda name: "u2net")
-    monkeypatch.setitem(sys.modules, "rembg", stand_in)
-    segment = make_segmenter("rembg")
-    assert segment(Image.new("RGB", (8, 9), "white"), "").size == (8, 9)
-    with pytest.raises(InputError, match="rembg finds no object"):
-        segment(Image.new("RGB", (8, 9)), "")
 
 
 def test_the_reference_cache_and_every_control_reach_the_pipeline(few, tmp_path) -> None:

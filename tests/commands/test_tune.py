@@ -15,24 +15,19 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import QUIET, generate
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from conftest import generate
 from PIL import Image
 from safetensors.torch import load_file
 from trying import refused
 
 from pig import cli
 from pig.data.images import read_manifest
-from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import read_subjects
 from pig.data.transforms import load_image
 from pig.errors import InputError
 from pig.methods import find_model, load_pipeline
-from pig.methods.dreambooth.module import DreamBooth
 from pig.models.names import WEIGHTS
 from pig.sampling.delta import DELTA, kept_steps
-from pig.training import tuned as tuned_module
 
 NAMES = ("mug_006", "robot_007", "lamp_005", "vase_011")
 PROMPTS = ("a photo of a {0} {1}, on a beach", "a photo of a {0} {1}, in space")
@@ -241,29 +236,6 @@ def test_subjects_that_are_behind_or_torn_are_refused(tuned, tmp_path) -> None:
     with pytest.raises(InputError, match=rf"behind are {NAMES[1]} \(step-000002\)"):
         generate(tmp_path / "images", str(out), **given)
     assert not (tmp_path / "images").exists()
-
-
-@pytest.mark.slow
-def test_a_delta_is_there_before_its_checkpoint(toy_data, tmp_path, monkeypatch) -> None:
-    """Else a run that dies between the two goes on behind the step, and never writes it."""
-    data = SubjectDataModule(str(toy_data / "subjects/mug_006"), resolution=64, seed=0)
-
-    def fit() -> None:
-        keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=0)
-        quiet = {**QUIET, "enable_checkpointing": True, "callbacks": [keep], "default_root_dir": tmp_path}
-        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="sks", save_at=[2]), data)
-
-    def die(*_: object, **__: object) -> None:
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tuned_module, "save_delta", die)
-        with pytest.raises(OSError, match="no space left"):
-            fit()
-    assert not list(tmp_path.glob("*.ckpt"))
-    fit()
-    assert list(kept_steps(tmp_path)) == [2, 4]
-    assert (tmp_path / "last.ckpt").is_file()
 
 
 @pytest.mark.slow

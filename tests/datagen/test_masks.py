@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,9 @@ from data_gen import images, masks, quality
 from data_gen.config import ImagesConfig, MasksConfig, QualityConfig, load_config
 from data_gen.samples import Sample
 from pig.errors import InputError
+from pig.models import foreground
 from pig.models.encoders import load_clip
+from pig.models.foreground import make_segmenter
 from pig.models.segmenters import encode, load_sam, masks_for
 from pig.toyworld import scene
 
@@ -171,3 +175,36 @@ def test_clip_by_open_clip(tmp_path) -> None:
     torch.testing.assert_close(clip.texts(["a mug"])[0], text / text.norm())
     with pytest.raises(InputError, match="open_clip:local-dir"):
         load_clip(f"open_clip:local-dir:{tmp_path / 'none'}")
+
+
+def test_grounded_sam_in_the_public_format(monkeypatch, tmp_path) -> None:
+    tiny_grounding_dino(tmp_path / "detector")
+    segment = make_segmenter("grounded-sam", detector=str(tmp_path / "detector"))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    with pytest.raises(InputError, match="needs a class noun"):
+        segment(picture, "")
+    monkeypatch.setattr(foreground, "THRESHOLD", 0.0)  # random weights are never sure
+    assert segment(picture, "red mug").size == (128, 128)
+    monkeypatch.setattr(foreground, "THRESHOLD", 1.0)
+    with pytest.raises(InputError, match="finds no 'red mug'"):
+        segment(picture, "red mug")
+    with pytest.raises(InputError, match="cannot load the detector"):
+        make_segmenter("grounded-sam", detector=str(tmp_path / "none"))
+
+
+def test_rembg_is_asked_as_its_package_wants(monkeypatch) -> None:
+    """The package's own weights are a download; its two functions are stood in for, with its signatures."""
+    monkeypatch.setitem(sys.modules, "rembg", None)
+    with pytest.raises(InputError, match=r"pip install 'pig\[rembg\]'"):
+        make_segmenter("rembg")
+
+    def remove(data: Image.Image, *, session: str, only_mask: bool) -> Image.Image:
+        assert (data.mode, session, only_mask) == ("RGB", "u2net", True)
+        return data.convert("L")
+
+    stand_in = types.SimpleNamespace(remove=remove, new_session=lambda name: "u2net")
+    monkeypatch.setitem(sys.modules, "rembg", stand_in)
+    segment = make_segmenter("rembg")
+    assert segment(Image.new("RGB", (8, 9), "white"), "").size == (8, 9)
+    with pytest.raises(InputError, match="rembg finds no object"):
+        segment(Image.new("RGB", (8, 9)), "")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUIET
+from conftest import QUIET, fast_half, losses
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -18,6 +18,8 @@ from pig.data.modules import TripletDataModule
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
 from pig.training.costs import Costs, flops_per_sample
+from pig.training.memory import memory_table
+from pig.training.optimizers import lay_out
 
 
 def fit(toy_data: Path, out: Path, steps: int, *, callbacks: list[Any], **more: Any) -> BootPIG:
@@ -86,3 +88,40 @@ def test_what_a_picture_costs(toy_data, tmp_path, capsys) -> None:
         cli.run(["cost", *given[:2], f"--out={tmp_path}"])
     with pytest.raises(InputError, match="--repeats"):
         cli.run(["cost", *given[:2], "--repeats=0"])
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ({"gradient_checkpointing": True}, {"micro_batch": 4})),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=fast_half)])
+def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -> None:
+    module = BootPIG("toyworld", **way)
+    data = TripletDataModule(str(toy_data / "triplets"), batch_size=8, resolution=64, num_workers=0)
+    weights = [parameter.data_ptr() for parameter in module.parameters()]
+    table = memory_table(module, data, precision=precision)
+    assert [parameter.data_ptr() for parameter in module.parameters()] == weights
+    batch = next(iter(data.train_dataloader()))
+    lay_out(module, precision, torch.device("cpu"))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
+            for part in module.micro_batches(batch):
+                losses(module, part, 1e-9, 0.0)[0].mean().backward()
+        module.zero_grad()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert table["activations"] + table["gradients"] == pytest.approx(peak, rel=0.08)
+    assert table["weights"] == sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
+    assert table["all"] == sum(size for name, size in table.items() if name != "all")

@@ -27,8 +27,7 @@ from pig.methods import module_class
 from pig.methods.bootpig import BootPIG
 from pig.models.compiled import compile_blocks
 from pig.training.callbacks import ProgressBar
-from pig.training.memory import memory_table
-from pig.training.optimizers import adamw, lay_out
+from pig.training.optimizers import adamw
 
 Gradients = dict[str, torch.Tensor]
 
@@ -282,44 +281,7 @@ def test_out_of_memory_on_one_of_two_processes_halves_its_micro_batch(toy_data, 
     assert (tmp_path / "tried1").read_text() == str([2] + [1, 1] * 5)
 
 
-# -- memory and compilation --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "way",
-    [
-        {},
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ({"gradient_checkpointing": True}, {"micro_batch": 4})),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=fast_half)])
-def test_memory_is_counted_as_the_allocator_gives_it(toy_data, precision, way) -> None:
-    module = BootPIG("toyworld", **way)
-    data = TripletDataModule(str(toy_data / "triplets"), batch_size=8, resolution=64, num_workers=0)
-    weights = [parameter.data_ptr() for parameter in module.parameters()]
-    table = memory_table(module, data, precision=precision)
-    assert [parameter.data_ptr() for parameter in module.parameters()] == weights
-    batch = next(iter(data.train_dataloader()))
-    lay_out(module, precision, torch.device("cpu"))
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
-            for part in module.micro_batches(batch):
-                losses(module, part, 1e-9, 0.0)[0].mean().backward()
-        module.zero_grad()
-
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    now = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    assert table["activations"] + table["gradients"] == pytest.approx(peak, rel=0.08)
-    assert table["weights"] == sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
-    assert table["all"] == sum(size for name, size in table.items() if name != "all")
+# -- compilation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pig.data.modules import TripletDataModule
+from pig.data.subject_training import SubjectDataModule
 from pig.errors import InputError
 from pig.methods.bootpig import BootPIG
+from pig.methods.dreambooth.module import DreamBooth
+from pig.sampling.delta import kept_steps
+from pig.training import tuned as tuned_module
 from pig.training.checkpoints import AsyncCheckpoints
 
 STEPS = 24
@@ -142,3 +147,26 @@ def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupte
         assert changed == (name in module.trainable()), name
     with pytest.raises(InputError, match="1 missing"):
         module.load_state_dict(dict(list(uninterrupted["state_dict"].items())[1:]))
+
+
+@pytest.mark.slow
+def test_a_delta_is_there_before_its_checkpoint(toy_data, tmp_path, monkeypatch) -> None:
+    """Else a run that dies between the two goes on behind the step, and never writes it."""
+    data = SubjectDataModule(str(toy_data / "subjects/mug_006"), resolution=64, seed=0)
+
+    def fit() -> None:
+        keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True, save_top_k=0)
+        quiet = {**QUIET, "enable_checkpointing": True, "callbacks": [keep], "default_root_dir": tmp_path}
+        Trainer(max_steps=4, **quiet).fit(DreamBooth("toyworld", identifier="sks", save_at=[2]), data)
+
+    def die(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned_module, "save_delta", die)
+        with pytest.raises(OSError, match="no space left"):
+            fit()
+    assert not list(tmp_path.glob("*.ckpt"))
+    fit()
+    assert list(kept_steps(tmp_path)) == [2, 4]
+    assert (tmp_path / "last.ckpt").is_file()
