@@ -42,9 +42,7 @@ def draw_triplets(
 
 def _triplets(seeds: range, size: int, partial: float) -> Iterator[Triplet]:
     for seed in seeds:
-        subject = scene.make_subject(seed)
-        background = scene.training_background(subject.category, seed)
-        worn = scene.training_accessory(subject.category, seed)
+        subject, background, worn = scene.training_setting(seed)
         drawing = scene.draw(subject, background, seed, size, worn=worn)
         whole = scene.partial_view(seed, partial) == "whole"
         phrase = scene.object_phrase(subject, with_colour=seed % COLOUR_SHARE == 0)

@@ -80,9 +80,8 @@ def any_scene(seed: int, *, accessories: float = 0.5, partial: float = 0.0) -> S
 
 def training_scene(seed: int) -> Scene:
     """Without the combinations that are held out: what the base model and the methods are trained on."""
-    subject = scene.make_subject(seed)
-    background = scene.training_background(subject.category, seed)
-    return Scene(subject, background, seed, scene.training_accessory(subject.category, seed))
+    subject, background, worn = scene.training_setting(seed)
+    return Scene(subject, background, seed, worn)
 
 
 def held_out_scene(number: int, *, worn: bool) -> Scene:

@@ -181,6 +181,12 @@ def training_accessory(category: str, seed: int, share: float = ACCESSORY_SHARE)
     return Worn(str(rng.choice(names)), str(rng.choice(ACCESSORY_COLOURS)))
 
 
+def training_setting(seed: int) -> tuple[Subject, str, Worn | None]:
+    """Subject, background and accessory of a training picture: no combination that is held out."""
+    subject = make_subject(seed)
+    return subject, training_background(subject.category, seed), training_accessory(subject.category, seed)
+
+
 def partial_view(seed: int, share: float) -> View:
     """How a picture of this seed shows its object: whole, but in a `share` of them."""
     rng = np.random.default_rng([seed, 3])
