@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -13,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from pig.errors import InputError
+from pig.files import read_json, write_text
 
 Settings = TypeVar("Settings")
 
@@ -87,6 +89,16 @@ def values_of(words: Sequence[str], *flags: str) -> list[str]:
     ]
 
 
+def without(words: Iterable[str], names: Collection[str]) -> Iterator[str]:
+    """The words but these flags and what follows them."""
+    kept = True
+    for word in words:
+        if re.match("--?[A-Za-z]", word):
+            kept = word.lstrip("-").partition("=")[0].replace("-", "_") not in names
+        if kept:
+            yield word
+
+
 def refuse_empty(words: Sequence[str], *flags: str) -> None:
     """`--out ""`, as a shell makes it of an unset variable, would mean the working folder."""
     for flag in flags:
@@ -139,10 +151,28 @@ def settings_from(kind: type[Settings], file: Path, overrides: Sequence[str]) ->
     return found
 
 
+def claim(file: Path, now: Mapping[str, Any], instead: str) -> None:
+    """Note in a folder's file what the folder is begun with; go on in it only with the same.
+
+    Raises:
+        InputError: it was begun with something else. Names the first difference and, by `instead`, what to do.
+    """
+    now = json.loads(json.dumps(now))
+    if file.is_file():
+        then, told = flat(read_json(file, "")), flat(now)
+        for key in {**then, **told}:
+            if then.get(key) != told.get(key):
+                was = f"{file.parent} was begun with {key}={then.get(key)!r}"
+                raise InputError(f"{was}, now it is {told.get(key)!r}: {instead}")
+    write_text(file, json.dumps(now, indent=1) + "\n")
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"captions.count": 256, ...}` of a tree of names."""
-    if not isinstance(tree, dict):
+    """`{"captions.count": 256, ...}` of a tree of names, and of lists of such trees."""
+    if isinstance(tree, Mapping):
+        branches = tree.items()
+    elif isinstance(tree, list) and any(isinstance(one, Mapping) for one in tree):
+        branches = enumerate(tree)  # type: ignore[assignment]
+    else:
         return {prefix: tree}
-    return {
-        k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else name).items()
-    }
+    return {name: leaf for at, one in branches for name, leaf in flat(one, f"{prefix}.{at}".lstrip(".")).items()}

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,15 @@ from pig.data.subject_training import SubjectDataModule
 from pig.data.subjects import SubjectFolder, read_subjects
 from pig.errors import InputError, WorkerDiedError, find_input_error
 from pig.executors import ExecutorName, execute
-from pig.files import digest_of, locked, make_folder, read_json, write_text
+from pig.files import digest_of, locked, make_folder, write_text
+from pig.mistakes import claim, without
 from pig.sampling.delta import kept_steps
 from pig.training.checkpoints import load_checkpoint
 from pig.training.memory import print_memory
 from pig.training.tuned import TunedModule
 
 EXPERIMENT, PROGRESS, RUNNING = "tune.json", "progress.json", "running"
+INSTEAD = "give another --out, or the same config and pictures"
 OWN = ("subjects", "out", "shard", "executor", "workers", "threads")
 # What differs from subject to subject, or says where the work is done.
 PLACE = (*OWN, "config", "run", "print_memory")
@@ -114,7 +116,7 @@ def tune(args: Sequence[str]) -> None:
     part, parts = parse_shard(config.shard)
     if config.workers < 1 or config.threads < 1:
         raise InputError("--workers and --threads must be at least 1")
-    out, rest = Path(config.out), tuple(without_own(args))
+    out, rest = Path(config.out), tuple(without(args, OWN))
     subjects = read_subjects(Path(config.subjects))
     subjects = subjects[len(subjects) * part // parts : len(subjects) * (part + 1) // parts]
     for one in subjects:
@@ -128,10 +130,11 @@ def tune(args: Sequence[str]) -> None:
         return
     wanted = check(jobs)
     make_folder(out)
-    claim(out, told.experiment())
+    claim(out / EXPERIMENT, told.experiment(), INSTEAD)
     for job in jobs:
         make_folder(job.out)
-        claim(job.out, {"class_noun": job.class_noun, "pictures": digest_of(pictures[job.name])})
+        told_of = {"class_noun": job.class_noun, "pictures": digest_of(pictures[job.name])}
+        claim(job.out / EXPERIMENT, told_of, INSTEAD)
     todo = [job for job in jobs if not wanted <= kept_steps(job.out).keys()]
     steps = max(wanted)
     for job in jobs:
@@ -161,17 +164,6 @@ def tune(args: Sequence[str]) -> None:
         raise InputError("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
 
-def without_own(args: Sequence[str]) -> Iterator[str]:
-    """The arguments of the experiment alone."""
-    words = iter(args)
-    for word in words:
-        name, equals, _ = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and name in OWN):
-            yield word
-        elif not equals:
-            next(words, None)
-
-
 def folder_of(subject: SubjectFolder) -> Path:
     return subject.images[0].parent
 
@@ -184,33 +176,6 @@ def check(jobs: Sequence[Job]) -> set[int]:
     if cli.config.print_memory:
         print_memory(cli.model, cli.datamodule, cli.trainer)
     return set(cli.model.kept_steps(cli.trainer))
-
-
-def claim(out: Path, experiment: Mapping[str, Any]) -> None:
-    """Go on in a folder only with the experiment that it was begun with."""
-    file = out / EXPERIMENT
-    if not file.is_file():
-        write_text(file, json.dumps(experiment, indent=1) + "\n")
-        return
-    then = flat(read_json(file, ""))
-    now = flat(experiment)
-    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if other:
-        raise InputError(
-            f"{out} was begun with {other[0]}={then.get(other[0])!r}, now it is {now.get(other[0])!r}: give another "
-            "--out, or the same config and pictures"
-        )
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"model.init_args.lr": ...}` of a tree of names and lists."""
-    if isinstance(tree, Mapping):
-        branches = tree.items()
-    elif isinstance(tree, list) and any(isinstance(one, Mapping) for one in tree):
-        branches = enumerate(tree)  # type: ignore[assignment]
-    else:
-        return {prefix: tree}
-    return {name: leaf for at, one in branches for name, leaf in flat(one, f"{prefix}.{at}".lstrip(".")).items()}
 
 
 def follow(jobs: Sequence[Job], steps: int, done: Iterator[Any]) -> dict[str, str]:

@@ -26,8 +26,8 @@ console = Console(soft_wrap=True)
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the first result to another, in one score: mean over subjects, 95 % interval, two-sided p-value, and the same
-    corrected by Holm for the number of results that the first is compared with."""
+    """In one score, paired by subject: mean over subjects, 95 % interval, two-sided p-value, and the same corrected by
+    Holm for the number of differences that it stands among."""
 
     other: str
     score: str
@@ -50,7 +50,8 @@ def compare(results: list[Path], /, out: Path) -> None:
         raise InputError("compare needs at least two folders of results")
     read = named_apart([Result.read(folder) for folder in results])
     check_alike(read)
-    found = corrected([one for other in read[1:] for one in differences(read[0], other)])
+    each = [one for other in read[1:] for one in differences(read[0], other)]
+    found = [one for score in TITLES for one in corrected([one for one in each if one.score == score])]
     if out.resolve() in [folder.resolve() for folder in results]:
         raise InputError(f"--out: {out} holds one of these results, whose report it would replace: give another")
     make_folder(out)
@@ -134,18 +135,18 @@ def differences(first: Result, other: Result) -> list[Difference]:
             fmean(a[score] - b[score] for a, b in group)
             for _, group in groupby(both, key=lambda pair: pair[0]["subject"])
         ]
-        low, high = interval(means)
-        found.append(Difference(other.name, score, fmean(means), low, high, sign_flip_p(means), len(means)))
+        found.append(difference(other.name, score, means))
     return found
 
 
+def difference(other: str, score: str, values: Sequence[float]) -> Difference:
+    """values: of each subject."""
+    return Difference(other, score, fmean(values), *interval(values), sign_flip_p(values), len(values))
+
+
 def corrected(found: Sequence[Difference]) -> list[Difference]:
-    """Holm's correction within each score."""
-    p_holm: dict[int, float] = {}
-    for score in dict.fromkeys(one.score for one in found):
-        family = [number for number, one in enumerate(found) if one.score == score]
-        p_holm |= dict(zip(family, holm([found[number].p for number in family]), strict=True))
-    return [replace(one, p_holm=p_holm[number]) for number, one in enumerate(found)]
+    """With Holm's p for their number."""
+    return [replace(one, p_holm=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
 
 
 def unpaired(first: Result, other: Result) -> list[str]:

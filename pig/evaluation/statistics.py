@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+UPPER = 0.975  # the upper end of a 95 % interval, as a quantile
 FEW = 10  # subjects, below which the bootstrap has too few values to draw from
 
 
-def interval(
-    values: Sequence[float], weights: Sequence[float] | None = None, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Interval of the mean over subjects.
+def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """95 % interval of the mean over subjects.
 
     From 10 subjects on a cluster bootstrap (10,000 draws of whole subjects) with expanded percentiles (Hesterberg 2015,
     "What Teachers Should Know About the Bootstrap", section 4.4), which make up for the bootstrap's deviation being
@@ -28,7 +27,7 @@ def interval(
     n = len(of)
     if n < 2 or error == 0:
         return mean, mean
-    t = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    t = float(stats.t.ppf(UPPER, n - 1))
     if n < FEW:
         return mean - t * error, mean + t * error
 
@@ -47,8 +46,8 @@ def interval(
     return float(found.low), float(found.high)
 
 
-def rate_interval(rates: Sequence[float], counts: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a rate over subjects, within [0, 1] and of some width also where all agree.
+def rate_interval(rates: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate over subjects, within [0, 1] and of some width also where all agree.
 
     The answers of one subject are not independent: they count as so many as the spread of the subjects' rates
     supports, at least one a subject and at most all.
@@ -61,8 +60,7 @@ def rate_interval(rates: Sequence[float], counts: Sequence[float], confidence: f
     effective = (
         len(of) if spread == 0 else float(np.clip(rate * (1 - rate) / spread, min(len(of), each.sum()), each.sum()))
     )
-    level = (1 + confidence) / 2
-    z = float(stats.norm.ppf(level) if spread == 0 else stats.t.ppf(level, len(of) - 1))
+    z = float(stats.norm.ppf(UPPER) if spread == 0 else stats.t.ppf(UPPER, len(of) - 1))
     middle = (rate + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z / (1 + z**2 / effective) * (rate * (1 - rate) / effective + z**2 / (4 * effective**2)) ** 0.5
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
