@@ -52,17 +52,16 @@ def write_report(
         lead: in place of the scores, which then stand behind the images, and the plane.
     """
     first, several = results[0], len(results) > 1
-    told = [
-        f"{result.name}: {len(result.images)} images of {len(result.subjects)} subjects; protocol {result.protocol}, "
-        f"hash {result.hash}"
-        for result in results
-    ]
+    named: dict[str, list[str]] = {}  # what is the same for several is said once
+    for one in results:
+        what = f"{len(one.images)} images of {len(one.subjects)} subjects; protocol {one.protocol}, hash {one.hash}"
+        named.setdefault(what, []).append(one.name)
+    told = [f"{', '.join(names)}: {what}" for what, names in named.items()]
     scores = Section("Scores", tables=[rows_table(one, subjects=False) for one in results], note=_explanation(first))
     body = list(lead) or [scores]
     points = [Point(result.name, result.per_subject()) for result in results]
     if not lead and (len(first.subjects) > 1 or several):
-        plane = plane_svg(points, fixed_of(first), ceiling_of(first))
-        body.append(Section("The plane", Markup('<div class="plane">{}</div>').format(Markup(plane))))
+        body.append(Section("The plane", figure_of(plane_svg(points, fixed_of(first), ceiling_of(first)))))
     moves = json.dumps({result.name: result.moves for result in results}, indent=1)
     tail = [
         *([scores] if lead else []),
@@ -89,6 +88,10 @@ def write_report(
         data=gallery(results),
     )
     (out / "report.html").write_text(page, errors="backslashreplace", encoding="utf-8")
+
+
+def figure_of(svg: str) -> Markup:
+    return Markup('<div class="plane">{}</div>').format(Markup(svg))
 
 
 def _cell(scores: Mapping[str, Score], name: str) -> str:
