@@ -27,7 +27,8 @@ def missing_inputs(told: Mapping[str, Any]) -> list[str]:
     for name, without in (("shards", ""), ("val_shards", "; without a validation loss: --data.val_shards null")):
         if data.get(name):
             found += _tried(f"data.{name}", without, find_shards, data[name])
-    for callback in (told.get("trainer") or {}).get("callbacks") or []:
+    trainer = told.get("trainer") or {}
+    for callback in (trainer.get("callbacks") or []) if trainer.get("limit_val_batches") != 0 else []:
         given = callback.get("init_args") or {}
         if callback["class_path"].endswith("SubjectSamples") and not Path(given["subjects"]).is_dir():
             without = "; without scores while training: --config configs/bootpig/own_photos.yaml behind the others"

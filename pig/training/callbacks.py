@@ -108,7 +108,7 @@ class SubjectSamples(Callback):
         self.steps = steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage not in ("fit", "validate"):
+        if stage not in ("fit", "validate") or trainer.limit_val_batches == 0:
             return
         self.subjects: list[SubjectFolder] = read_subjects(self.folder)[: self.max_subjects]
         device = trainer.strategy.root_device
