@@ -19,6 +19,7 @@ from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
 from pig.models.names import FORMS, TOYWORLD
 
 if TYPE_CHECKING:
+    from pig.methods import Source
     from pig.sampling.settings import Control
 
 
@@ -29,12 +30,14 @@ class Parser(PlainErrors, jsonargparse.ArgumentParser):
 SETTINGS = "settings"  # the parameter that takes a model's controls
 
 
-def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+def parse(
+    prog: str, target: str, words: Sequence[str], source: Source | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function `module:name`, and the values that the words give its parameters.
 
     Parameters become flags: a list takes several words, a bool is a switch, a positional-only list stands without a
     flag, the fields of a dataclass are flags of their own. A parameter `settings` takes the controls of the model that
-    `--model` names, whose flags and defaults are then those of that model.
+    `--model` names, whose flags and defaults are then those of that model; or, before it is there, of `source`.
     """
     module, _, name = target.partition(":")
     function = getattr(import_module(module), name)
@@ -73,7 +76,7 @@ def parse(prog: str, target: str, words: Sequence[str]) -> tuple[Callable[..., A
                 raise InputError(f"{config}: {name} is empty: name a file or folder")
     asked: dict[str, str] = {}  # flag -> control
     if SETTINGS in hints:
-        asked = _add_controls(parser, words)
+        asked = _add_controls(parser, words, source)
     values = parser.parse_args(list(words)).as_dict()
     values.pop("config")
     settings = {control: values.pop(control) for control in dict.fromkeys(asked.values())}
@@ -117,13 +120,13 @@ def _dataclass_of(hint: Any) -> type | None:
     return next((one for one in kinds if dataclasses.is_dataclass(one) and isinstance(one, type)), None)
 
 
-def _add_controls(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
+def _add_controls(parser: jsonargparse.ArgumentParser, words: Sequence[str], source: Source | None) -> dict[str, str]:
     """Flags of the controls of the model that the words name, with that model's defaults; flag -> control."""
     from pig.methods import find_model, pipeline_class  # not for commands without a model: imports of seconds
     from pig.sampling.settings import controls
 
     model = _named_model(words)
-    source = find_model(model)
+    source = source or find_model(model)
     group = parser.add_argument_group(f"controls of {model} ({source.method})")
     found: dict[str, str] = {}
     for one in controls(pipeline_class(source.method).Settings):

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground floor up: a room may import those above it in this list, and itself.
 FLOORS = (
     ("errors",),
-    ("files", "mistakes", "pages", "processes"),
+    ("files",),
+    ("mistakes", "pages", "processes"),
     ("costs", "diffusion", "executors"),
     ("data",),
     ("attention", "models"),
@@ -19,8 +20,8 @@ FLOORS = (
     ("sampling",),
     ("training",),
     ("methods",),
-    ("commands",),
     ("arguments",),
+    ("commands",),
     ("cli", "demo"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -123,4 +124,4 @@ def test_nothing_is_too_long_to_read() -> None:
                 length = node.end_lineno - node.lineno + 1
                 assert length <= WHOLE.get(node.name, 80), f"{path}: {node.name} has {length} lines"
     for path in (ROOT / "tests").rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, path
+        assert len(path.read_text().splitlines()) <= 350, path

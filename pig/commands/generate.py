@@ -99,16 +99,24 @@ def generate(
             print(out / job.file)
 
 
-def deltas_of_subjects(
-    source: Source, subjects: Sequence[SubjectFolder], what: Subjects
-) -> dict[str, tuple[Path, ...]]:
-    """Of a folder of tuned subjects: each one's own weights; early and late ones where they are blended."""
+def refuse_steps(source: Source, what: Subjects) -> None:
+    """
+    Raises:
+        InputError: steps of a tuning are named, and the model has none, or is blended of others.
+    """
     named = {"--step": what.step, "--early": what.early, "--late": what.late}
     fitting = () if not source.tuned else ("--early", "--late") if source.blended else ("--step",)
     for flag, value in named.items():
         if value is not None and flag not in fitting:
             wanted = "a folder made by `tune`" if flag == "--step" else "--model dreamblend:FOLDER"
             raise InputError(f"{flag} is for {wanted}")
+
+
+def deltas_of_subjects(
+    source: Source, subjects: Sequence[SubjectFolder], what: Subjects
+) -> dict[str, tuple[Path, ...]]:
+    """Of a folder of tuned subjects: each one's own weights; early and late ones where they are blended."""
+    refuse_steps(source, what)
     if not source.tuned:
         return {}
     assert source.folder is not None

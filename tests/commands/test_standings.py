@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,7 +21,8 @@ from tournaments import CONFIG, without_trials
 
 from pig import cli
 from pig.commands.tournament import plan
-from pig.commands.tournament.config import Claim, load_config
+from pig.commands.tournament.config import Claim, Method, load_config
+from pig.commands.tournament.run import choose
 from pig.commands.tournament.standings import Standing, gaps, judge, ledger, ranks
 from pig.evaluation.results import Result
 from pig.methods import METHODS
@@ -60,13 +62,13 @@ def test_means_are_over_images_then_training_seeds() -> None:
 
 def test_differences_are_paired_and_corrected() -> None:
     base, same, more = standing("base", LOW), standing("same", LOW), standing("more", [x + 0.1 for x in LOW])
-    found = {gap.name: gap for gap in gaps([base], [same, more], "dino")}
+    found = {gap.other: gap for gap in gaps([base], [same, more], "dino")}
     assert found["same"].mean == 0
-    assert found["same"].p == 1
+    assert found["same"].p_holm == 1
     assert found["more"].mean == pytest.approx(found["more"].low) == pytest.approx(0.1)
-    assert found["more"].p < 0.01
+    assert found["more"].p_holm < 0.01
     alone = gaps([base], [more], "dino")[0]
-    assert found["more"].p == pytest.approx(2 * alone.p)  # Holm, of two
+    assert found["more"].p_holm == pytest.approx(2 * alone.p_holm)  # of two
 
 
 def test_claims_hold_or_do_not_or_cannot_be_told(tmp_path) -> None:
@@ -82,7 +84,7 @@ def test_claims_hold_or_do_not_or_cannot_be_told(tmp_path) -> None:
     assert [one.verdict for one in found] == ["holds", "does not hold", "cannot be told"]
     assert [one.gap.mean for one in found] == pytest.approx([0.1, -0.1, 0])
     alone = judge(replace(config, claims=config.claims[:1]), [low, more])[0]
-    assert found[0].gap.p == pytest.approx(3 * alone.gap.p)  # Holm, of three
+    assert found[0].gap.p_holm == pytest.approx(3 * alone.gap.p_holm)  # of three
     config.claims = [replace(CLAIM, prompts="property")]
     assert [one.verdict for one in judge(config, [low, more])] == ["not scored"]
     config.claims = [replace(CLAIM, higher="bootpig", lower="bootpig, twice")]
@@ -139,6 +141,36 @@ def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
     assert [row["trained_weights"] for row in rows] == [7, 7]  # DreamBlend has none of its own, and draws with these
 
 
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([(0.4, 0.4), (0.5, 0.5), (0.6, 0.3)], 1),
+        ([(0.4, 0.4), (0.2, 0.8), (0.1, 0.1)], 0),  # equal to the second one
+        ([(-0.4, -0.4), (-0.1, 0.9), (0.1, 0.2)], 2),  # a negative score counts as 0
+    ],
+)
+def test_the_best_trial_is_what_is_drawn_with(tmp_path, found, best) -> None:
+    told = load_config(CONFIG, [f"out={tmp_path}", *without_trials(), "validation=v", "same_time=false"])
+    told.methods["bootpig"].trials = ["--image_guidance=2", "--image_guidance=4", "--image_guidance=6"]
+    told.methods["mean"] = Method(kind="again", of="bootpig", drawn="--pooling=mean")
+    for number, (dino, clip_t) in enumerate(found):
+        scores = {
+            name: dict.fromkeys(("mean", "low", "high"), mean) for name, mean in (("dino", dino), ("clip_t", clip_t))
+        }
+        folder = plan.trial_folder(told, "bootpig", number) / "scores"
+        folder.mkdir(parents=True)
+        Result("dreambooth", "0", "trial", scores, {}, {}, {}, [], {}, [], [], "", {}).write(folder)
+    choose(told)
+    drawn = [step.words for chain in plan.drawings(told) for step in chain if "generate" in step.words]
+    of = {
+        name: [words for words in drawn if f"{tmp_path}/{name}/samples" in " ".join(words)]
+        for name in ("bootpig", "mean")
+    }
+    assert len(of["bootpig"]) > len(of["mean"]) > 1
+    assert all(told.methods["bootpig"].trials[best] in words for words in (*of["bootpig"], *of["mean"]))
+    assert [words for words in drawn if "--pooling=mean" in words] == of["mean"]
+
+
 # -- a method of somebody else's ---------------------------------------------------------------------------------------
 
 
@@ -187,13 +219,13 @@ partial: "{{out}}/data/subjects"
 prompts: {prompts}
 base: base:toyworld
 scorer: configs/evaluation/toyworld.yaml
-samples: 64
+samples: 96
 seeds: [0, 1]
 references: [1]
 fit: --trainer.limit_val_batches=0 --trainer.precision=32-true
 drawing: --steps=2 --images_per_prompt=2
 methods:
-  bootpig: {{config: configs/bootpig/toyworld.yaml, trials: [--image_guidance=2, --image_guidance=3],
+  bootpig: {{config: {config}, words: --data.batch_size=8, trials: [--image_guidance=2, --image_guidance=3],
     common: --image_guidance=3}}
   mean: {{kind: again, of: bootpig, drawn: --pooling=mean}}
   ezigen: {{config: configs/ezigen/toyworld.yaml}}
@@ -210,32 +242,45 @@ def scores(out: Path) -> dict[str, object]:
     return {key: told[key] for key in ("gaps", "ranks", "standings", "claims")}
 
 
-def command_of(file: Path) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "pig.cli", "tournament", str(file), "same_time=false"]
+def command_of(file: Path, *how: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "pig.cli", "tournament", str(file), "same_time=false", *how]
+
+
+def config_in(folder: Path) -> Path:
+    """The toy world's, with a checkpoint at every second step."""
+    told = yaml.safe_load(Path("configs/bootpig/toyworld.yaml").read_text())
+    told["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 2
+    file = folder / "bootpig.yaml"
+    file.write_text(yaml.safe_dump(told, sort_keys=False))
+    return file
 
 
 @pytest.mark.slow
 def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
-    """Equal times differ from run to run, so they are left out here."""
-    prompts = tmp_path / "prompts.txt"
+    """In the middle of a training, and twice at random; at last on Ray. Equal times differ from run to run, so they are
+    left out here."""
+    prompts, config = tmp_path / "prompts.txt", config_in(tmp_path)
     prompts.write_text("a photo of a {0} {1}, on a beach\na red {0} {1}\n")
     outs = [tmp_path / name for name in ("whole", "killed")]
+    last, moments = outs[1] / "bootpig/samples/0/fit/checkpoints/last.ckpt", random.Random(0)
     for out in outs:
         file = tmp_path / f"{out.name}.yaml"
-        file.write_text(TINY.format(out=out, prompts=prompts, short=SHORT))
-        command = command_of(file)
-        for _ in range(3 if out.name == "killed" else 0):
-            records = len(list((out / "records").rglob("*.json"))) if out.exists() else 0
-            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-            deadline = time.monotonic() + 600
-            while len(list((out / "records").rglob("*.json"))) < records + 5 and time.monotonic() < deadline:
+        file.write_text(TINY.format(out=out, prompts=prompts, config=config, short=SHORT))
+        for number in range(3 if out.name == "killed" else 0):
+            process = subprocess.Popen(
+                command_of(file, "--workers=2"), start_new_session=True, stdout=subprocess.DEVNULL
+            )
+            until = time.monotonic() + (600 if number == 0 else moments.uniform(10, 60))
+            while time.monotonic() < until and not (number == 0 and last.is_file()):
                 assert process.poll() is None
-                time.sleep(0.2)
+                time.sleep(0.1)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             time.sleep(3)  # for what it has started to end
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+        how = ["--executor=ray"] if out.name == "killed" else ["--workers=2"]
+        done = subprocess.run(command_of(file, *how), capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert f"--ckpt_path={last}" in (outs[1] / "logs/bootpig/samples/0/fit.log").read_text()
     assert scores(outs[0]) == scores(outs[1])
     page = (outs[0] / "report.html").read_text()
     assert (outs[0] / "plane.svg").read_text() in page
@@ -243,10 +288,10 @@ def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
         assert heading in page
     told = json.loads((outs[0] / "tournament.json").read_text())
     costs = {row["method"]: row for row in told["costs"]}
-    assert costs["bootpig"]["training_samples"] == 64
+    assert costs["bootpig"]["training_samples"] == 96
     assert costs["dreamblend"]["tuning_flops"] == costs["dreambooth"]["tuning_flops"] > 0
     assert costs["base"]["trained_weights"] == 0
-    assert costs["mean"]["training_samples"] == 64
+    assert costs["mean"]["training_samples"] == 96
     assert told["claims"][0]["gap"]["mean"] == 0  # here the partial pictures are the whole ones
     assert costs["bootpig"]["flops_per_picture"] > costs["base"]["flops_per_picture"] > 0
     assert json.loads((outs[0] / "bootpig/chosen.json").read_text())["words"][0].startswith("--image_guidance=")

@@ -10,13 +10,12 @@ import pytest
 from tournaments import CONFIG, without_trials
 
 from pig import cli
-from pig.arguments import parse
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament, load_config
-from pig.commands.tournament.estimate import estimate
-from pig.commands.tournament.run import claim, is_done, record_of
+from pig.commands.tournament.estimate import estimate, toy_module
+from pig.commands.tournament.run import is_done, make_worker, record_of
 from pig.errors import InputError
-from pig.models.names import TOYWORLD
+from pig.mistakes import read_config
 
 CLAIMS = sorted(Path("configs/claims").glob("*.yaml"))
 
@@ -53,6 +52,13 @@ def test_all_are_trained_on_the_same(config) -> None:
                 "--trainer.limit_val_batches=0",
             )
         }
+    of_data = [
+        read_config(method.config)["data"]["init_args"] | {"augmentation": "its own"}
+        for method in config.methods.values()
+        if method.kind == "trained"
+    ]
+    assert len(of_data) == 4
+    assert all(one == of_data[0] for one in of_data)
 
 
 @pytest.mark.parametrize("file", [CONFIG, CONFIG.with_name("sd21.yaml")], ids=lambda file: file.stem)
@@ -108,42 +114,6 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
     assert all("--subjects=v" in words for words in found)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["methods.bootpig.config=x.yaml"], "methods.bootpig.config: x.yaml: no such file"),
-        (["methods.bootpig.config=configs/datagen/toyworld.yaml"], "toyworld.yaml is damaged: trainer is"),
-        (["methods.bootpig.words='--data.batch_size=x'"], "--data.batch_size=x is no number of samples"),
-        (['fit="--a \'b"'], "No closing quotation"),
-        (["out=' '"], "out is empty"),
-        (["base=toyworld"], "give it as `generate --model` takes a base model"),
-        (["scorer=nope.yaml"], "scorer=nope.yaml: no such file"),
-        (["seeds=[-1]"], "seeds: from 0"),
-        (["methods.data.kind=base"], "'data' is no name"),
-        (["methods.dreamblend.of=bootpig"], "methods.dreamblend.of: name a tuned method"),
-        (["against=dreambooth"], "equal time is that of a trained method"),
-        (["methods.base.of=bootpig"], "methods.base.of: a method of kind base does not read it"),
-        (
-            ["methods.mean={kind: again, of: bootpig, trials: [--steps=1, --steps=2, --steps=3]}"],
-            "methods.mean.trials: a method of kind again does not read it",
-        ),
-        (["methods.dreamblend.seeds=[1]"], "methods.dreamblend.seeds: a method of kind blended does not read it"),
-        (["methods.again.kind=again", "methods.again.of=base"], "methods.again.of: name a trained or tuned method"),
-        (["methods.bootpig.seeds=[-1]"], "methods.bootpig.seeds: from 0"),
-        (["methods.bootpig.references=[0]"], "each of methods.bootpig.references must be at least 1"),
-        (["against=x"], "against 'x' is none of bootpig"),
-        (["methods.bootpig.kind=x"], "methods.bootpig.kind 'x' is none of trained"),
-        (["samples=0"], "samples must be between 1|samples must be at least 1"),
-        (["seeds=[0,0]"], "each number once"),
-        (["sample=3"], "sample"),
-        (["samples=x"], "samples"),
-    ],
-)
-def test_bad_configs(tmp_path, given, message) -> None:
-    with pytest.raises(InputError, match=message):
-        load_config(CONFIG, [f"out={tmp_path}", *given])
-
-
 AGAIN = ["methods.mean.kind=again", "methods.mean.of=bootpig", "methods.mean.references=[4]", "methods.mean.drawn=--x"]
 
 
@@ -183,81 +153,35 @@ def test_tuned_methods_have_as_many_seeds(config, tmp_path) -> None:
     ]
 
 
-def claims(**changed: str) -> str:
-    fields = {"source": "a", "says": "b", "higher": "bootpig", "lower": "ezigen", **changed}
-    return "claims=[{" + ", ".join(f'{key}: "{value}"' for key, value in fields.items()) + "}]"
+def test_a_flag_may_be_written_in_two_ways(tmp_path) -> None:
+    given = ["drawing='--images-per-prompt 3'", "methods.ezigen.words='--data.batch_size 4'"]
+    told = load_config(CONFIG, [f"out={tmp_path}", *without_trials(), *given])
+    assert told.images_per_prompt() == 3
+    assert told.batch_size(told.methods["ezigen"]) == 4
+
+
+def test_a_methods_own_words_count_before_the_tournaments(config, tmp_path) -> None:
+    given = ["drawing='--steps=10 --height=64'", "methods.ezigen.drawn='--steps=4 --batch_size 2'"]
+    told = load_config(CONFIG, [f"out={tmp_path}", *without_trials(), *given])
+    (draw,) = {
+        words[words.index("--height=64") - 1 :]
+        for words in words_of(plan.drawings(told))
+        if "generate" in words and words[-1] == "--references_per_subject=1" and "--steps=4" in words
+    }
+    assert draw == ("--steps=10", "--height=64", "--steps=4", "--batch_size", "2", "--references_per_subject=1")
+    (cost,) = (words for words in words_of(plan.drawings(told)) if "cost" in words and "--steps=4" in words)
+    assert cost[-4:-1] == ("--steps=10", "--steps=4", "--references_per_subject=1")  # `cost` takes no size
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"higher": "x"}, r"claims\[0\].higher 'x' is none of bootpig, bootpig, 1 whole picture, "),
-        (
-            {"lower": "bootpig, 1 partial picture", "more": "partial=''"},
-            r"claims\[0\].lower 'bootpig, 1 partial picture' is none of",
-        ),
-        ({"score": "fid"}, r"claims\[0\].score 'fid' is none of dino"),
-        ({"prompts": "long"}, r"claims\[0\].prompts 'long' is none of accessory"),
-        ({"lower": "bootpig, 1 whole picture"}, r"claims\[0\]: higher and lower are the same"),
-        ({"score": "diversity", "more": "drawing=--images_per_prompt=1"}, r"claims\[0\]: diversity needs two images"),
-        ({"prompts": "plain", "more": "prompts=FILE"}, r"claims\[0\].prompts 'plain' is none of property, scene"),
-        ({"score": "dino_masked", "more": "scorer=FILE"}, r"claims\[0\]: dino_masked needs a segmenter"),
-    ],
+    ("seen", "alone", "given"), [(None, False, "1"), ("4,5", False, "5"), ("4,5", True, "4,5"), (None, True, None)]
 )
-def test_claims_of_what_will_not_be_there(tmp_path, changed, message) -> None:
-    more = changed.pop("more", "against=bootpig")
-    file = tmp_path / "file"
-    file.write_text("a {0} {1} on a beach\na red {0} {1}\n" if more.startswith("prompts") else "clip: toyworld\n")
-    given = [f"out={tmp_path / 'out'}", more.replace("FILE", str(file)), claims(**changed)]
-    with pytest.raises(InputError, match=message):
-        cli.run(["tournament", str(CONFIG), *given])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.stem)
-def test_the_papers_claims_are_of_what_will_be_there(tmp_path, file) -> None:
-    told = load_config(file, [f"out={tmp_path}"])
-    plan.check_claims(told)
-    assert told.claims
-
-
-@pytest.mark.parametrize("file", [*CLAIMS, CONFIG], ids=lambda file: file.stem)
-def test_generate_takes_the_words_of_trained_methods(tmp_path, file) -> None:
-    """Those of all trials and conditions, as the embedded model of the same method takes them."""
-    told = load_config(file, [f"out={tmp_path}"])
-    lines = []
-    for one in plan.entries(told):
-        method, (_, source) = told.methods[one.method], told.weights_of(one.method)
-        if source.kind == "trained":
-            model = f"--model={TOYWORLD}/{Path(source.config).parent.name}".removesuffix("/bootpig")
-            for trial in method.trials or [""]:
-                for given in plan.conditions(told, one):
-                    words = told.split(f"{method.drawn} {trial} {told.drawing}")
-                    lines.append((model, "--subjects=s", "--out=o", *words, *given.words))
-    for line in dict.fromkeys(lines):
-        parse("generate", cli.COMMANDS["generate"][0], list(line))
-    assert len(lines) > 1 or file.stem == "dreamblend"
-
-
-def test_bad_input(tmp_path) -> None:
-    with pytest.raises(InputError, match="no such config"):
-        cli.run(["tournament", str(tmp_path / "none.yaml")])
-    with pytest.raises(InputError, match="--also: .* holds no images"):
-        cli.run(["tournament", str(CONFIG), f"out={tmp_path}", "--also", str(tmp_path / "none")])
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file, not a folder"):
-        cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'file'}", "--dry_run"])
-
-
-def test_a_folder_holds_one_tournament(tmp_path) -> None:
-    claim(load_config(CONFIG, [f"out={tmp_path}"]))
-    claim(load_config(CONFIG, [f"out={tmp_path}"]))
-    with pytest.raises(InputError, match="was begun with other settings: samples was 4800, now it is 64"):
-        claim(load_config(CONFIG, [f"out={tmp_path}", "samples=64"]))
-    with pytest.raises(InputError, match=r"seeds was \[0, 1\], now it is \[0\]"):
-        claim(load_config(CONFIG, [f"out={tmp_path}", "seeds=[0]"]))
-    claim(load_config(CONFIG, [f"out={tmp_path}", claims()]))  # which change nothing that is made
-    claim(load_config(CONFIG, [f"out={tmp_path}"]))
+def test_a_command_has_the_gpu_of_its_worker(tmp_path, monkeypatch, seen, alone, given) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    worker = make_worker(tmp_path, ".", 1, alone, "cuda:1")
+    assert worker.args[1].get("CUDA_VISIBLE_DEVICES") == given  # type: ignore[attr-defined]
 
 
 def test_a_step_is_done_by_its_own_words(tmp_path) -> None:
@@ -268,6 +192,7 @@ def test_a_step_is_done_by_its_own_words(tmp_path) -> None:
     assert is_done(tmp_path, step)
     with pytest.raises(InputError, match="a/fit was done with other words, now it has --x"):
         is_done(tmp_path, plan.Step("a/fit", ("pig.cli", "fit", "--x")))
+    assert not is_done(tmp_path, plan.Step("a/fit", ("pig.cli", "fit"), anew=True))
 
 
 def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
@@ -322,3 +247,10 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     assert tuning == pytest.approx(tuned * unit / 1e18, abs=0.01)
     each = 2 * (one + four + passes("dreambooth: a picture") + passes("dreamblend: a picture")) + plain
     assert drawing == pytest.approx(each * 72 * unit / 1e18, abs=0.01)
+    # Of Stable Diffusion's 865.9 M weights: BootPIG's, of two seeds, at 14 bytes; DreamBooth's of 12 subjects and two
+    # seeds, four steps kept, at 4 bytes. And 648 pictures of 512 x 512 x 3 bytes.
+    bootpig = sum(weight.numel() for weight in toy_module(config.methods["bootpig"]).trainable().values())
+    models = 865.9e6 * (2 * 14 * bootpig / 10.46e6 + 2 * 12 * 4 * 4) / 1e9
+    found = re.fullmatch(r"(\d+) GB of models, at most (\d+) GB of pictures", rows["on disk"])
+    assert int(found[1]) == pytest.approx(models, rel=0.01)
+    assert int(found[2]) == round(12 * 2 * 3 * 9 * 512 * 512 * 3 / 1e9)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from omegaconf import MISSING
 
 from pig.commands.options import Output
 from pig.data.images import SEEDS
 from pig.errors import InputError, check_kinds, check_named, check_ranges
-from pig.mistakes import read_config, settings_from
+from pig.mistakes import read_config, settings_from, values_of
 
 TAKEN = ("data", "records", "logs", "also")  # folders of a tournament
 READ = {  # kind of method -> what it reads, besides `drawn`
@@ -91,7 +92,7 @@ class Tournament:
         samples: that each method is trained on.
         same_time: whether each is also trained for as long as `against` took for its samples.
         seeds: of training and tuning.
-        fit: words of every `fit`; drawing: of every `generate`.
+        fit: words of every `fit`; drawing: of every `generate`. A method's own stand behind them, and count.
         against: the method that all others are compared with.
         claims: to be tested by what is found.
     """
@@ -156,14 +157,23 @@ class Tournament:
             raise InputError(f"--data.batch_size={size} is no number of samples")
         return int(size)
 
+    def kept_steps(self, method: Method) -> list[int]:
+        """Of a tuning, whose folders `generate` draws from."""
+        words, save_at, steps = self.split(method.words), list[int](), 0
+        for file in (method.config, *values_of(words, "--config")):
+            told = read_config(file)
+            save_at = told.get("model", {}).get("init_args", {}).get("save_at", save_at)
+            steps = told.get("trainer", {}).get("max_steps", steps)
+        save_at = yaml.safe_load(last(words, "model.save_at") or "null") or save_at
+        return sorted({*save_at, self.number("trainer.max_steps", steps, words)})
+
     def path(self, text: str) -> str:
         return text.replace("{out}", self.out)
 
 
 def last(words: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag=VALUE`, of which the last one counts."""
-    given = [word.partition("=")[2] for word in words if word.startswith(f"--{flag}=")]
-    return given[-1] if given else None
+    """The value of a flag, of which the last one counts."""
+    return next(reversed(values_of(words, f"--{flag}", f"--{flag.replace('_', '-')}")), None)
 
 
 def load_config(file: Path, overrides: Sequence[str]) -> Tournament:

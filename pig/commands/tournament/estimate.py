@@ -1,4 +1,4 @@
-"""What a tournament will take: hours of a GPU by counted FLOPs, disk, downloads."""
+"""What a tournament will take at full size: hours of a GPU by counted FLOPs, disk, downloads."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ from pig.training.module import PersonalisationModule
 # Dense bf16 TFLOP/s by the makers' data sheets, and the share of it that trainings of such UNets reach.
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILISATION = 0.35
+# Bytes of a trained weight: of a method that is trained once in its delta (half precision), its last checkpoint and two
+# moments; of a tuned one in each kept step.
+TRAINED_BYTES, TUNED_BYTES = 2 + 3 * 4, 4
 COUNTED_STEPS = (3, 6)  # of a picture
 LIKE_THE_FULL = ("gradient_checkpointing",)  # a training's settings that change what a sample costs
 IDS = ("base", "image_encoder", "clip", "dino", "detector", "sam", "model")  # keys of configs that may name a hub's id
@@ -133,7 +136,8 @@ def _named(tree: Any) -> Iterator[str]:
 def estimate(config: Tournament) -> list[tuple[str, str]]:
     """(what, how much), for the full-size UNet."""
     with torch.device("meta"):
-        unit = unet_flops(UNet2DConditionModel(**SD21))
+        unet = UNet2DConditionModel(**SD21)
+    unit, size = unet_flops(unet), unet.num_parameters()
     rows = [("UNet, a forward pass", f"{unit / 1e12:.2f} TFLOP")]
     left_out = ["making the data", "trials", "scores"]
     try:
@@ -143,7 +147,8 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         subjects = []
         left_out.append(f"tunings and pictures: {error}")
     pictures = sum(len(one.prompts) for one in subjects) * config.images_per_prompt()
-    of_samples: dict[str, float | None] = {}
+    of_samples: dict[str, float] = {}
+    weights: dict[str, float] = {}  # trained ones
     of_pictures: dict[tuple[str, str], float] = {}  # method, condition
     for name, method in config.methods.items():
         _, source = config.weights_of(name)
@@ -151,6 +156,8 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         pipeline = toy_pipeline(method, module)
         if method.config and module is not None:
             of_samples[name] = passes_of_sample(module)
+            trained = sum(one.numel() for one in module.trainable().values())
+            weights[name] = trained / module.backbone.unet.num_parameters() * size
             rows.append((f"{name}: a sample", cost(of_samples[name], unit)))
         if pipeline is None:
             left_out.append(name)
@@ -171,7 +178,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
     for one in plan.entries(config):
         method = config.methods[one.method]
         # With equal time, all cost what the one does that they are compared with.
-        of_sample = of_samples.get(config.against if one.budget == plan.TIME else one.method) or 0.0
+        of_sample = of_samples.get(config.against if one.budget == plan.TIME else one.method, 0.0)
         if method.kind == "trained":
             total["training"] += of_sample * unit * config.samples
         elif method.kind == "tuned":
@@ -188,13 +195,26 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
     for gpu, peak in GPUS.items():
         hours = whole / (peak * 1e12 * UTILISATION) / 3600
         rows.append((f"  on one {gpu}", f"{hours:,.0f} hours, at {UTILISATION:.0%} of {peak} TFLOP/s in bf16"))
+    models = sum(
+        weights.get(one.method, 0.0) * bytes_of_weight(config, one, len(subjects)) for one in plan.entries(config)
+    )
+    most = pictures * sets * 3 * (unet.config.sample_size * 8) ** 2
+    rows.append(("on disk", f"{models / 1e9:,.0f} GB of models, at most {most / 1e9:,.0f} GB of pictures"))
     rows.append(("not counted", "; ".join(left_out)))
     rows.append(("downloads, unless cached", ", ".join(hub_ids(config)) or "none"))
     return rows
 
 
-def cost(passes: float | None, unit: int) -> str:
-    return "" if passes is None else f"{passes:,.1f} passes, {passes * unit / 1e12:,.1f} TFLOP"
+def cost(passes: float, unit: int) -> str:
+    return f"{passes:,.1f} passes, {passes * unit / 1e12:,.1f} TFLOP"
+
+
+def bytes_of_weight(config: Tournament, entry: plan.Entry, subjects: int) -> int:
+    """On disk, of each trained weight of an entry, which draws with weights of its own."""
+    method = config.methods[entry.method]
+    if method.kind == "tuned":
+        return TUNED_BYTES * len(config.kept_steps(method)) * subjects
+    return TRAINED_BYTES
 
 
 def prior_of(config: Tournament, method: Method) -> dict[str, int] | None:
@@ -209,6 +229,4 @@ def prior_of(config: Tournament, method: Method) -> dict[str, int] | None:
 
 def tuning_samples(config: Tournament, method: Method) -> int:
     """Of a subject's tuning, class pictures among them."""
-    told = read_config(method.config)
-    steps = config.number("trainer.max_steps", told["trainer"].get("max_steps", 0), config.split(method.words))
-    return config.batch_size(method) * steps * (2 if prior_of(config, method) else 1)
+    return config.batch_size(method) * max(config.kept_steps(method)) * (2 if prior_of(config, method) else 1)

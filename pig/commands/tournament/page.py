@@ -16,7 +16,6 @@ from pig.commands.tournament.config import Tournament
 from pig.commands.tournament.plan import SCORES
 from pig.commands.tournament.standings import (
     COMPARED,
-    Gap,
     Standing,
     Tested,
     gaps,
@@ -26,13 +25,12 @@ from pig.commands.tournament.standings import (
     ranks,
     read_standings,
 )
-from pig.evaluation.compare import check_alike, named_apart, signed
+from pig.evaluation.compare import Difference, check_alike, signed
 from pig.evaluation.figures import Point, plane_svg, svg_of
-from pig.evaluation.report import Section, Table, ceiling_of, fixed_of, write_report
+from pig.evaluation.report import Section, Table, ceiling_of, figure_of, fixed_of, write_report
 from pig.evaluation.statistics import interval
-from pig.evaluation.tables import TITLES, plain, short
+from pig.evaluation.tables import BOUNDS, TITLES, cell, plain, short
 from pig.files import write_text
-from pig.pages import Markup
 
 PAGES = ("report.html", "tournament.md", "tournament.json", "plane.svg")
 COSTS = {  # of the ledger: key -> heading, factor
@@ -40,8 +38,10 @@ COSTS = {  # of the ledger: key -> heading, factor
     "training_samples": ("training: samples", 1),
     "training_seconds": ("minutes", 1 / 60),
     "training_flops": ("TFLOP", 1e-12),
+    "training_memory_bytes": ("peak memory, GB", 1e-9),
     "tuning_seconds": ("tuning a subject: minutes", 1 / 60),
     "tuning_flops": ("TFLOP", 1e-12),
+    "tuning_memory_bytes": ("peak memory, GB", 1e-9),
     "flops_per_picture": ("picture: GFLOP", 1e-9),
     "seconds_per_picture": ("seconds", 1),
     "peak_memory_bytes": ("peak memory, GB", 1e-9),
@@ -56,16 +56,21 @@ class Findings:
     standings: Sequence[Standing]
     first: Sequence[Standing]
     against: Standing
-    gaps: Mapping[str, Sequence[Gap]]
+    gaps: Mapping[str, Sequence[Difference]]
     ranks: Mapping[str, Mapping[str, tuple[int, int, int]]]
     claims: Sequence[Tested]
     costs: Sequence[Mapping[str, Any]]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of prompts."""
+        return sorted({image["kind"] for image in self.against.results[0].images})
 
 
 def find(config: Tournament, guests: Sequence[Path]) -> Findings:
     standings = read_standings(config, guests)
     check_alike([result for one in standings for result in one.results])  # networks, protocol, subjects, prompts
-    first = main_standings(config, standings)
+    first = main_standings(standings)
     against = next(one for one in first if one.method == config.against)
     others = [one for one in first if one is not against]
     under_all = [one for one in standings if one.name == against.name]
@@ -83,18 +88,16 @@ def find(config: Tournament, guests: Sequence[Path]) -> Findings:
 def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     """`PAGES` in the tournament's folder."""
     found = find(config, guests)
-    first, costs = found.first, found.costs
-    tables = all_tables(config, found)
-    results = named_apart([one.results[0] for one in first if one.budget != plan.TIME])
-    lead = [Section(name, tables=[table], note=note) for name, table, note in tables]
-    behind = [section.heading for section in lead].index("Standings") + 1
-    drawn = plane(first)
-    lead.insert(behind, Section("The plane", figure_of(drawn)))
-    lead.append(Section("Scores over costs", figure_of(scatter(first, costs))))
+    tables, drawn = all_tables(config, found), plane(found.first)
+    lead = [
+        Section("The plane", figure_of(drawn)),
+        *(Section(name, tables=[table], note=note) for name, table, note in tables),
+        Section("Scores over costs", figure_of(scatter(found.first, found.costs))),
+    ]
     trained = any(method.kind == "trained" for method in config.methods.values())
     length = f"; trained on {config.samples:,} samples each" if trained else ""
     write_report(
-        results,
+        [one.results[0] for one in found.first if one.budget != plan.TIME],
         config.folder(),
         title="Tournament",
         summary=[f"{len(config.methods)} methods on {config.base}{length}."],
@@ -115,9 +118,8 @@ def all_tables(config: Tournament, found: Findings) -> list[tuple[str, Table, st
     ]
     if found.claims:
         tables.insert(0, ("Claims", claims_table(found.claims), CLAIMS))
-    kinds = sorted({image["kind"] for image in found.against.results[0].images})
-    if len(kinds) > 1:
-        tables.append(("By kind of prompt", kinds_table(found.first, kinds), "DINO / CLIP-T."))
+    if len(found.kinds) > 1:
+        tables.append(("By kind of prompt", kinds_table(found), "Means over subjects."))
     if any(one not in found.first for one in found.standings):
         tables.append(("Other conditions", conditions_table(found.standings), CONDITIONS))
     tables.append(("Costs", costs_table(found.costs), LEDGER))
@@ -136,7 +138,7 @@ CLAIMS = (
 CONDITIONS = "What each was given; a partial picture shows a part of the subject."
 GAPS = (
     "Paired by subject; each to the scores under the same condition, where there are any. p: signs flipped at random, "
-    "corrected by Holm for the number of methods."
+    "corrected by Holm for the number of rows."
 )
 LEDGER = (
     "Training: steps with their data. Tuning: without the class pictures, which the first tuning of a class draws. A "
@@ -164,10 +166,12 @@ def scores_table(found: Findings) -> Table:
         ]
         apart = short(one.spread("dino")) if len(one.results) > 1 else ""
         rows.append(("all", [one.name, *cells, f"{one.copied():.1%}", *places, apart]))
-    return Table(head, rows)
+    for name, scores in found.against.results[0].bounds.items():
+        rows.append(("bound", [BOUNDS[name], *(cell(scores, score) for score in SCORES)]))
+    return Table(head, [(sort, [*cells, *[""] * (len(head) - len(cells))]) for sort, cells in rows])
 
 
-def with_bounds(gap: Gap) -> str:
+def with_bounds(gap: Difference) -> str:
     return f"{signed(gap.mean)} [{signed(gap.low)}, {signed(gap.high)}]"
 
 
@@ -178,12 +182,12 @@ def with_interval(values: Sequence[float]) -> str:
     return f"{short(fmean(values))} [{short(low)}, {short(high)}]"
 
 
-def gaps_table(of: Sequence[Sequence[Gap]]) -> Table:
+def gaps_table(of: Sequence[Sequence[Difference]]) -> Table:
     head = ["", *(text for score in COMPARED for text in (TITLES[score], "p, Holm"))]
     rows = []
     for row in zip(*of, strict=True):
-        cells = [text for gap in row for text in (with_bounds(gap), f"{gap.p:.4f}")]
-        rows.append(("all", [row[0].name, *cells]))
+        cells = [text for gap in row for text in (with_bounds(gap), f"{gap.p_holm:.4f}")]
+        rows.append(("all", [row[0].other, *cells]))
     return Table(head, rows)
 
 
@@ -193,20 +197,19 @@ def claims_table(of: Sequence[Tested]) -> Table:
         claim, gap = one.claim, one.gap
         what = f"{TITLES[claim.score]}: {claim.higher} - {claim.lower}"
         what += f" ({claim.prompts} prompts)" if claim.prompts else ""
-        found = ["", ""] if gap is None else [with_bounds(gap), f"{gap.p:.4f}"]
+        found = ["", ""] if gap is None else [with_bounds(gap), f"{gap.p_holm:.4f}"]
         rows.append(("all", [claim.says, one.verdict, *found, what, claim.source]))
     return Table(["claim", "", "found", "p, Holm", "compared", "source"], rows)
 
 
-def kinds_table(first: Sequence[Standing], kinds: Sequence[str]) -> Table:
+def kinds_table(found: Findings) -> Table:
     rows = []
-    for one in first:
-        cells = []
-        for kind in kinds:
-            means = [list(one.per_subject(score, kind).values()) for score in COMPARED]
-            cells.append(" / ".join(short(fmean(values)) if values else "" for values in means))
-        rows.append(("all", [one.name, *cells]))
-    return Table(["", *kinds], rows)
+    for kind in found.kinds:
+        for one in found.first:
+            means = [list(one.per_subject(score, kind).values()) for score in SCORES]
+            cells = [short(fmean(values)) if values else "" for values in means]
+            rows.append(("all", [kind, one.name, *cells, f"{one.copied(kind):.1%}"]))
+    return Table(["prompts", "", *(TITLES[score] for score in SCORES), "copies"], rows)
 
 
 def conditions_table(standings: Sequence[Standing]) -> Table:
@@ -248,10 +251,6 @@ def scatter(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> st
     return svg_of(figure)
 
 
-def figure_of(svg: str) -> Markup:
-    return Markup('<div class="plane">{}</div>').format(Markup(svg))
-
-
 def plane(first: Sequence[Standing]) -> str:
     """DINO over CLIP-T of all methods."""
     points = [Point(one.name, {score: list(one.per_subject(score).values()) for score in COMPARED}) for one in first]
@@ -272,10 +271,12 @@ def numbers(found: Findings) -> dict[str, Any]:
     """All that the tables round."""
     return {
         "hash": found.against.results[0].hash,
+        "bounds": found.against.results[0].bounds,
         "standings": [
             {
                 **{"method": one.method, "budget": one.budget, "condition": one.condition, "copied": one.copied()},
                 **{score: one.per_subject(score) for score in SCORES},
+                "kinds": {kind: {score: one.per_subject(score, kind) for score in SCORES} for kind in found.kinds},
             }
             for one in found.standings
         ],

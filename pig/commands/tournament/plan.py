@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from pig.commands.options import Output
 from pig.commands.tournament.config import Method, Tournament
-from pig.data.subjects import PromptKind, is_benchmark, plain_prompts, prompt_kind
-from pig.errors import InputError, check_kinds, check_named
+from pig.errors import InputError, check_kinds
 from pig.files import read_json
-from pig.mistakes import read_config
+from pig.mistakes import read_config, without
+from pig.models.cutting_out import CuttingOut
 
 SAMPLES, TIME, TUNED = "samples", "time", "tuned"  # what a training's length is equal in
 SCORES = ("dino", "clip_i", "clip_t", "dino_masked", "diversity")
@@ -23,12 +24,14 @@ COUNTED = "--trainer.callbacks+=pig.training.costs.Costs"
 @dataclass(frozen=True)
 class Step:
     """A command. name: of its record and its log. words: without `python -m`. resume: a checkpoint that `fit` goes on
-    from where it is there. data: a folder that is linked to where the command looks for `data`."""
+    from where it is there. data: a folder that is linked to where the command looks for `data`. anew: given each time,
+    as what it reads may have changed."""
 
     name: str
     words: tuple[str, ...]
     resume: Path | None = None
     data: tuple[Path, Path] | None = None
+    anew: bool = False
 
 
 Chain = Sequence[Step]  # one after the other; chains of a stage are independent
@@ -89,6 +92,14 @@ def entries(config: Tournament) -> list[Entry]:
     return found
 
 
+def firsts(config: Tournament) -> dict[str, Entry]:
+    """Of each method the one of equal samples and the first seed."""
+    found: dict[str, Entry] = {}
+    for one in entries(config):
+        found.setdefault(one.method, one)
+    return found
+
+
 def conditions(config: Tournament, entry: Entry) -> list[Condition]:
     """Those that an entry is drawn in; the first one counts in the standings."""
     method = config.methods[entry.method]
@@ -112,35 +123,19 @@ def name_of(method: str, budget: str) -> str:
     return f"{method}, equal time" if budget == TIME else method
 
 
-def check_claims(config: Tournament) -> None:
-    """
-    Raises:
-        InputError: a claim names an entry, a score or a kind of prompt that there will not be.
-    """
-    named: dict[str, tuple[str, str]] = {}  # as a claim may call it -> entry, condition
-    for one in entries(config):
-        name = name_of(one.method, one.budget)
-        for given in reversed(conditions(config, one)):
-            named |= {name: (name, given.name), f"{name}, {given.name}".removesuffix(", "): (name, given.name)}
-    file, kinds = Path(config.path(config.prompts)), get_args(PromptKind)
-    if config.prompts and file.is_file() and not is_benchmark(file):
-        kinds = tuple(sorted({prompt_kind(one) for one in plain_prompts(file)}))
-    for number, claim in enumerate(config.claims):
-        for key in ("higher", "lower"):
-            check_named(f"claims[{number}].{key}", getattr(claim, key), list(named))
-        if named[claim.higher] == named[claim.lower]:
-            raise InputError(f"claims[{number}]: higher and lower are the same")
-        check_named(f"claims[{number}].score", claim.score, SCORES)
-        if claim.score == "diversity" and config.images_per_prompt() < 2:
-            raise InputError(f"claims[{number}]: diversity needs two images of a prompt: drawing=--images_per_prompt=2")
-        if claim.score == "dino_masked" and read_config(config.scorer).get("segmenter", "none") == "none":
-            raise InputError(f"claims[{number}]: dino_masked needs a segmenter in {config.scorer}")
-        if claim.prompts:
-            check_named(f"claims[{number}].prompts", claim.prompts, kinds)
-
-
 def pictures(count: int, what: str) -> str:
     return f"{count} {what} picture{'s' if count > 1 else ''}"
+
+
+def stages(config: Tournament, also: Sequence[Path]) -> dict[str, list[Chain]]:
+    """Those whose commands are known before the first one has run. also: folders of images by other programs."""
+    return {
+        "data": data(config),
+        "scoring of --also": guests(config, also),
+        "training, equal samples": trainings(config, SAMPLES),
+        "tuning": tunings(config),
+        "trials of settings": trials(config),
+    }
 
 
 def data(config: Tournament) -> list[Chain]:
@@ -246,15 +241,14 @@ def trial_folder(config: Tournament, method: str, number: int) -> Path:
 def trials(config: Tournament) -> list[Chain]:
     """Each method's, by the first seed's model, on the validation subjects."""
     found: list[Chain] = []
-    firsts = {one.method: one for one in reversed(entries(config)) if one.budget != TIME}
-    for name, method in config.methods.items():
-        model = firsts[name].model(config)
+    for name, entry in firsts(config).items():
+        method, model = config.methods[name], entry.model(config)
         if config.weights_of(name)[1].kind == "tuned":
             model = model.removesuffix(MODELS) + VALIDATION
-        condition = Condition("", config.path(config.validation), conditions(config, firsts[name])[0].words)
+        condition = Condition("", config.path(config.validation), conditions(config, entry)[0].words)
         for number, line in enumerate(method.trials):
             folder = trial_folder(config, name, number)
-            words = (*config.split(method.drawn), *config.split(line))
+            words = words_of(config, name, config.split(line))
             found.append(list(drawn_and_scored(config, model, folder, condition, words, f"{name}, trial {number}")))
     return found
 
@@ -266,9 +260,10 @@ def drawn_and_scored(
     step = str(folder.relative_to(config.folder()))
     images = folder / "images" / condition.slug
     prompts = prompts_of(config)
-    # What the condition says stands behind the method's own words, and counts.
-    draw = [f"--model={model}", f"--subjects={condition.subjects}", f"--out={images}", *words, *condition.words]
-    yield Step(f"{step}/draw_{condition.slug}", ("pig.cli", "generate", *draw, *prompts, *config.split(config.drawing)))
+    # The last word counts: what all are drawn with, the method's own, what the condition says.
+    told = [*prompts, *config.split(config.drawing), *words, *condition.words]
+    draw = [f"--model={model}", f"--subjects={condition.subjects}", f"--out={images}", *told]
+    yield Step(f"{step}/draw_{condition.slug}", ("pig.cli", "generate", *draw))
     partial = condition.subjects == config.path(config.partial)
     subjects = config.path(config.subjects) if partial else condition.subjects
     told = [f"--images={images}", f"--subjects={subjects}", f"--out={folder / 'scores' / condition.slug}"]
@@ -285,49 +280,63 @@ def scorer(config: Tournament) -> list[str]:
     return ["pig.cli", "evaluate", f"--config={config.scorer}", *prompts_of(config), count]
 
 
-def chosen(config: Tournament, method: str) -> list[str]:
-    """The words of `generate` that a method is drawn with: its own, and those of its best trial. One that draws again
-    has those of the method whose weights it takes, and its own over them."""
+def tried(config: Tournament, method: str) -> str:
+    """Whose trials choose the words that a method is drawn with."""
     told = config.methods[method]
-    before = chosen(config, told.of) if told.kind == "again" else []
-    file = config.folder() / method / CHOSEN
+    return told.of if told.kind == "again" else method
+
+
+def words_of(config: Tournament, method: str, trial: Sequence[str]) -> list[str]:
+    """The words of `generate` that a method is drawn with: its own, and those of a trial. One that draws again has
+    those of the method whose weights it takes, and its own over them."""
+    told = config.methods[method]
+    if told.kind == "again":
+        return [*words_of(config, told.of, trial), *config.split(told.drawn)]
+    return [*config.split(told.drawn), *trial]
+
+
+def chosen(config: Tournament, method: str) -> list[str]:
+    """The words of the best trial among them."""
+    of = tried(config, method)
+    file = config.folder() / of / CHOSEN
     best: list[str] = []
-    if told.trials:
+    if config.methods[of].trials:
         found = read_json(file, f"{file} is missing: start the tournament again")
         check_kinds(found, {"words": list}, str(file))
         best = found["words"]
-    return [*before, *config.split(told.drawn), *best]
+    return words_of(config, method, best)
 
 
 def drawings(config: Tournament) -> list[Chain]:
     """All entries under all their conditions, and what a picture of each method costs."""
     found: list[Chain] = []
-    measured: set[str] = set()
+    measured = set(firsts(config).values())
     for one in entries(config):
         words, model = chosen(config, one.method), one.model(config)
         chain: list[Step] = []
         for condition in conditions(config, one):
             chain += drawn_and_scored(config, model, one.folder, condition, words, one.method)
-        if one.method not in measured:
-            measured.add(one.method)
-            told = [f"--model={model}", f"--subjects={config.path(config.subjects)}", *prompts_of(config), *words]
-            steps = [word for word in config.split(config.drawing) if not word.startswith(NOT_FOR_COST)]
-            given = conditions(config, one)[0].words
+        if one in measured:
+            told = [f"--model={model}", f"--subjects={config.path(config.subjects)}", *prompts_of(config)]
+            told += without([*config.split(config.drawing), *words, *conditions(config, one)[0].words], NOT_FOR_COST)
             out = f"--out={config.folder() / one.method / 'picture.json'}"
-            chain.append(Step(f"{one.method}/cost", ("pig.cli", "cost", *told, *given, *steps, out)))
+            chain.append(Step(f"{one.method}/cost", ("pig.cli", "cost", *told, out)))
         found.append(chain)
     return found
 
 
-NOT_FOR_COST = ("--images_per_prompt", "--batch_size", "--seed", "--workers", "--threads", "--reference_cache")
+NOT_FOR_COST = {one.name for kind in (Output, CuttingOut) for one in fields(kind)}  # which `generate` alone takes
+
+
+def guest_folder(config: Tournament, images: Path) -> Path:
+    return config.folder() / "also" / images.resolve().name
 
 
 def guests(config: Tournament, also: Sequence[Path]) -> list[Chain]:
-    """Folders of images that other programs have made."""
+    """The scores of images by other programs."""
     found: list[Chain] = []
     for folder in also:
-        out = config.folder() / "also" / folder.resolve().name
+        out = guest_folder(config, folder)
         told = [f"--images={folder}", f"--subjects={config.path(config.subjects)}", f"--out={out}"]
-        score = (*scorer(config), *told, f"--name={folder.name}")
-        found.append([Step(f"also/{folder.resolve().name}", score)])
+        found.append([Step(f"also/{out.name}", (*scorer(config), *told, f"--name={out.name}"), anew=True)])
     return found

@@ -8,16 +8,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from pig.commands.tournament import plan
+from pig.commands.tournament.checks import check_inputs, check_plan
 from pig.commands.tournament.config import Tournament, load_config
 from pig.commands.tournament.estimate import estimate
 from pig.commands.tournament.page import write_pages
@@ -27,12 +28,12 @@ from pig.costs import machine
 from pig.errors import InputError, check_ranges
 from pig.evaluation.results import Result
 from pig.executors import ExecutorName, execute
-from pig.files import check_folder, locked, make_folder, read_json, write_text
-from pig.mistakes import flat, read_config
+from pig.files import check_folder, locked, make_folder, read_json, sha256_of, write_text
+from pig.mistakes import claim
 from pig.models.names import TOYWORLD
 from pig.processes import die_with_parent
 
-SETTINGS, RECORDS, LOGS = "tournament.yaml", "records", "logs"
+SETTINGS, RECORDS, LOGS = "settings.json", "records", "logs"
 console = Console(soft_wrap=True)
 
 
@@ -52,8 +53,8 @@ def tournament(
         dry_run: print the commands, and do nothing.
         also: folders of images by other programs, `SUBJECT/PROMPT_INDEX/SEED.png`, which join the table.
         executor: `local` starts processes on this machine, `ray` uses the cluster at RAY_ADDRESS (with a shared disk).
-        workers: number of commands that run at the same time; with GPUs, each uses one. Times are comparable if they
-            do not take each other's cores.
+        workers: number of commands that run at the same time; with GPUs, each uses one, but for a command that has no
+            other beside it. Times are comparable if they do not take each other's cores.
         threads: CPU threads of each.
     """
     told = load_config(Path(experiment[0]), experiment[1:])
@@ -64,67 +65,51 @@ def tournament(
             raise InputError(f"--also: {folder} holds no images SUBJECT/PROMPT_INDEX/SEED.png")
     if len({folder.resolve().name for folder in guests} - told.methods.keys()) < len(guests):
         raise InputError("--also: folders of the same name, or of a method's: rename them")
-    plan.check_claims(told)
+    check_plan(told)
     check_folder(told.folder())
     if dry_run:
         print_plan(told, guests)
         return
+    check_inputs(told)
     make_folder(told.folder())
     with locked(told.folder()):
-        claim(told)
-        runner = Runner(told.folder(), executor, workers, threads)
-        runner.run("data", plan.data(told))
-        runner.run("training, equal samples", plan.trainings(told, plan.SAMPLES))
-        runner.run("tuning", plan.tunings(told))
-        if told.same_time:
-            runner.run("training, equal time", plan.trainings(told, plan.TIME))
-        runner.run("trials of settings", plan.trials(told))
+        claim_folder(told)
+        run = partial(run_stage, told.folder(), {"executor": executor, "workers": workers, "threads": threads})
+        for name, chains in plan.stages(told, guests).items():
+            run(name, chains)
         choose(told)
-        joining = plan.guests(told, guests)
-        for step in (step for chain in joining for step in chain):
-            record_of(told.folder(), step).unlink(missing_ok=True)  # their images may have changed
-        runner.run("drawing and scoring", [*plan.drawings(told), *joining])
+        run("training, equal time", plan.trainings(told, plan.TIME))
+        run("drawing and scoring", plan.drawings(told))
         for file in write_pages(told, guests):
             console.print(f"  {file}", highlight=False)
 
 
-def claim(config: Tournament) -> None:
-    """A folder holds one tournament; its claims may change, for they change nothing that is made.
-
-    Raises:
-        InputError: it was begun with other settings.
-    """
-    file, now = config.folder() / SETTINGS, OmegaConf.structured(config)
-    if file.is_file():
-        then, told = (
-            {key: value for key, value in flat(tree).items() if key != "claims"}
-            for tree in (read_config(str(file)), OmegaConf.to_container(now))
-        )
-        for key in [*told, *then]:
-            if then.get(key) != told.get(key):
-                raise InputError(
-                    f"{config.out} was begun with other settings: {key} was {then.get(key)}, now it is "
-                    f"{told.get(key)}. Give another out=FOLDER, or the same settings ({file})"
-                )
-    write_text(file, OmegaConf.to_yaml(now))
+def claim_folder(config: Tournament) -> None:
+    """A folder holds one tournament: of these settings, and of these contents of the files that they name. Its claims
+    may change, for they change nothing that is made."""
+    told = asdict(config)
+    del told["claims"]
+    lines = [*config.data, config.scorer, config.prompts, config.fit, config.drawing]
+    for one in config.methods.values():
+        lines += [one.config, one.words, one.drawn, one.common, *one.trials]
+    named = sorted({Path(word.rpartition("=")[2]) for line in lines for word in config.split(line)})
+    told["contents"] = {
+        str(file): sha256_of(file) for file in named if file.is_file() and not file.is_relative_to(config.folder())
+    }
+    claim(config.folder() / SETTINGS, told, "give another out=FOLDER, or the same settings and files")
 
 
 def print_plan(config: Tournament, guests: Sequence[Path]) -> None:
     """All commands, as far as they are known before the first one has run."""
-    stages = {
-        "data": plan.data(config),
-        "training, equal samples": plan.trainings(config, plan.SAMPLES),
-        "tuning": plan.tunings(config),
-        "trials of settings": plan.trials(config),
-    }
-    table = Table("stage", "commands")
+    table, stages = Table("stage", "commands"), plan.stages(config, guests)
     for name, chains in stages.items():
-        table.add_row(name, str(sum(map(len, chains))))
+        if chains:
+            table.add_row(name, str(sum(map(len, chains))))
     if config.same_time:
         count = sum(one.budget == plan.TIME for one in plan.entries(config))
         table.add_row("training, equal time", f"{2 * count}; their lengths follow from what the first ones take")
     drawn = sum(len(plan.conditions(config, one)) for one in plan.entries(config))
-    table.add_row("drawing and scoring", f"{2 * drawn + len(config.methods) + len(guests)}")
+    table.add_row("drawing and scoring", f"{2 * drawn + len(config.methods)}")
     console.print(table)
     if config.base != f"base:{TOYWORLD}":
         sizes = Table("", "", title="at full size", show_header=False)
@@ -137,37 +122,29 @@ def print_plan(config: Tournament, guests: Sequence[Path]) -> None:
                 console.print(f"python -m {shlex.join(step.words)}", highlight=False, markup=False)
 
 
-class Runner:
-    """Runs chains of commands over processes or machines.
+def run_stage(out: Path, how: dict[str, Any], stage: str, chains: Sequence[Chain]) -> None:
+    """Run chains of commands over processes or machines.
 
     Args:
         out: the tournament's folder, which holds a record and a log of each command.
+        how: executor, workers and threads, as `execute` takes them.
+
+    Raises:
+        InputError: commands that failed, with the ends of their logs; the others were run.
     """
-
-    def __init__(self, out: Path, executor: ExecutorName, workers: int, threads: int) -> None:
-        self.out, self.threads = out, threads
-        self.how: dict[str, Any] = {"executor": executor, "workers": workers, "threads": threads}
-
-    def run(self, stage: str, chains: Sequence[Chain]) -> None:
-        """
-        Raises:
-            InputError: commands that failed, with the ends of their logs; the others were run.
-        """
-        todo = [chain for chain in chains if not all(is_done(self.out, step) for step in chain)]
-        console.print(f"{stage}: {len(chains)} to do, {len(chains) - len(todo)} of them finished already")
-        failed, began = [], time.perf_counter()
-        work = partial(make_worker, self.out.absolute(), os.getcwd(), self.threads)
-        for number, (name, why) in enumerate(self._results(work, todo), 1):
-            minutes = (time.perf_counter() - began) / 60
-            left = minutes / number * (len(todo) - number)
-            console.print(f"  {name}: {'failed' if why else 'done'}; {minutes:.1f} min, left about {left:.0f} min")
-            failed += [why] if why else []
-        if failed:
-            raise InputError("\n".join(failed))
-
-    def _results(self, work: Callable[[str], Any], todo: Sequence[Chain]) -> Iterator[tuple[str, str]]:
-        if todo:
-            yield from (one for one in execute(work, todo, **self.how) if one is not None)
+    if not chains:
+        return
+    todo = [chain for chain in chains if not all(is_done(out, step) for step in chain)]
+    console.print(f"{stage}: {len(chains)} to do, {len(chains) - len(todo)} of them finished already")
+    failed, began = [], time.perf_counter()
+    work = partial(make_worker, out.absolute(), os.getcwd(), how["threads"], len(chains) == 1)
+    for number, (name, why) in enumerate(filter(None, execute(work, todo, **how) if todo else ()), 1):
+        minutes = (time.perf_counter() - began) / 60
+        left = minutes / number * (len(todo) - number)
+        console.print(f"  {name}: {'failed' if why else 'done'}; {minutes:.1f} min, left about {left:.0f} min")
+        failed += [why] if why else []
+    if failed:
+        raise InputError("\n".join(failed))
 
 
 def record_of(out: Path, step: Step) -> Path:
@@ -180,7 +157,7 @@ def is_done(out: Path, step: Step) -> bool:
         InputError: it was done by other words.
     """
     file = record_of(out, step)
-    if not file.is_file():
+    if step.anew or not file.is_file():
         return False
     then = read_json(file, "").get("words")
     if then != list(step.words):
@@ -189,11 +166,13 @@ def is_done(out: Path, step: Step) -> bool:
     return True
 
 
-def make_worker(out: Path, cwd: str, threads: int, device: str) -> Callable[[Chain], tuple[str, str]]:
+def make_worker(out: Path, cwd: str, threads: int, alone: bool, device: str) -> Callable[[Chain], tuple[str, str]]:
+    """alone: no other command runs at the same time, and all GPUs are its own."""
     os.chdir(cwd)  # folders are named relative to it
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if device.startswith("cuda:"):
-        environment["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    if device.startswith("cuda:") and not alone:
+        number, seen = device.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(number)] if seen else number
     return partial(run_chain, out, environment)
 
 
@@ -219,6 +198,8 @@ def run_step(out: Path, environment: dict[str, str], step: Step) -> None:
         words.append(f"--ckpt_path={step.resume}")
     began = time.perf_counter()
     with log.open("ab") as stream:
+        stream.write(f"$ python -m {shlex.join(words)}\n".encode())
+        stream.flush()
         command = [sys.executable, "-W", "ignore", "-m", *words]
         running = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent

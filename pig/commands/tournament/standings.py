@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Claim, Tournament
-from pig.errors import InputError, check_kinds
+from pig.errors import check_kinds
+from pig.evaluation.compare import Difference, corrected, difference
 from pig.evaluation.results import Result
-from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.files import read_json
 
 COMPARED = ("dino", "clip_t")
@@ -41,12 +41,12 @@ class Standing:
 
     def spread(self, score: str) -> float:
         """How far the means of the training seeds lie apart."""
-        means = [fmean(found.values()) for one in self.results if (found := per_subject(one, score))]
-        return max(means) - min(means) if means else 0.0
+        means = [fmean(per_subject(one, score).values()) for one in self.results]
+        return max(means) - min(means)
 
-    def copied(self) -> float:
+    def copied(self, kind: str = "") -> float:
         """The share of images that are as good as copies of a photograph."""
-        return fmean(image["copied"] for one in self.results for image in one.images)
+        return fmean(image["copied"] for one in self.results for image in one.images if kind in ("", image["kind"]))
 
 
 def per_subject(result: Result, score: str, kind: str = "") -> dict[str, float]:
@@ -77,19 +77,13 @@ def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]
             result = Result.read(one.folder / "scores" / condition.slug)
             of.setdefault((one.method, one.budget, condition.name), []).append(result)
     found = [Standing(*key, tuple(results)) for key, results in of.items()]
-    for result in (one for results in of.values() for one in results):
-        for score in COMPARED:
-            if per_subject(result, score).keys() != result.subjects.keys():
-                raise InputError(
-                    f"{result.folder}: not all subjects have images with the score {score}: score it again"
-                )
     for folder in guests:
-        result = Result.read(config.folder() / "also" / folder.resolve().name)
-        found.append(Standing(folder.name, "", "", (result,)))
+        result = Result.read(plan.guest_folder(config, folder))
+        found.append(Standing(result.name, "", "", (result,)))
     return found
 
 
-def main_standings(config: Tournament, standings: Sequence[Standing]) -> list[Standing]:
+def main_standings(standings: Sequence[Standing]) -> list[Standing]:
     """Of each method and budget the first condition."""
     firsts: dict[tuple[str, str], Standing] = {}
     for one in standings:
@@ -98,23 +92,12 @@ def main_standings(config: Tournament, standings: Sequence[Standing]) -> list[St
 
 
 @dataclass(frozen=True)
-class Gap:
-    """Of a method to the one that all are compared with, over subjects: mean, 95 % interval, Holm's p."""
-
-    name: str
-    score: str
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-@dataclass(frozen=True)
 class Tested:
-    """A claim beside what was found: the difference of its two entries, of which `p` is corrected for all claims."""
+    """A claim beside what was found: the difference of its two entries, of which `p_holm` is corrected for all claims;
+    None where no image has the score."""
 
     claim: Claim
-    gap: Gap | None
+    gap: Difference | None
 
     @property
     def verdict(self) -> str:
@@ -122,41 +105,34 @@ class Tested:
             return "not scored"
         if self.gap.low == self.gap.high == 0:
             return "the same images"
-        if self.gap.p >= LEVEL:
+        if self.gap.p_holm >= LEVEL:
             return "cannot be told"
         return "holds" if self.gap.mean > 0 else "does not hold"
 
 
 def judge(config: Tournament, standings: Sequence[Standing]) -> list[Tested]:
-    """All claims; the gap of one is None where no image has its score."""
     of = {name: one for one in reversed(standings) for name in (one.name, f"{one.name}, {one.condition}")}
     found = [
         _difference(f"{one.higher} - {one.lower}", of[one.higher], of[one.lower], one.score, one.prompts)
         for one in config.claims
     ]
-    return [Tested(one, gap) for one, gap in zip(config.claims, _corrected(found), strict=True)]
+    told = iter(corrected([gap for gap in found if gap is not None]))
+    return [Tested(one, None if gap is None else next(told)) for one, gap in zip(config.claims, found, strict=True)]
 
 
-def gaps(against: Sequence[Standing], others: Sequence[Standing], score: str, kind: str = "") -> list[Gap]:
+def gaps(against: Sequence[Standing], others: Sequence[Standing], score: str) -> list[Difference]:
     """Of each of `others` to the one of `against` that was given the same, else to the first."""
     found = []
     for other in others:
         base = next((one for one in against if one.condition == other.condition), against[0])
-        found.append(_difference(other.name, other, base, score, kind))
-    return [gap for gap in _corrected(found) if gap is not None]
+        found.append(_difference(other.name, other, base, score))
+    return corrected([gap for gap in found if gap is not None])
 
 
-def _difference(name: str, one: Standing, other: Standing, score: str, kind: str) -> Gap | None:
-    """Paired by subject; p not corrected yet."""
+def _difference(name: str, one: Standing, other: Standing, score: str, kind: str = "") -> Difference | None:
     high, low = (standing.per_subject(score, kind) for standing in (one, other))
     pairs = [high[subject] - low[subject] for subject in high if subject in low]
-    return Gap(name, score, fmean(pairs), *interval(pairs), sign_flip_p(pairs)) if pairs else None
-
-
-def _corrected(found: Sequence[Gap | None]) -> list[Gap | None]:
-    """With Holm's p for their number."""
-    p_values = iter(holm([gap.p for gap in found if gap is not None]))
-    return [None if gap is None else replace(gap, p=next(p_values)) for gap in found]
+    return difference(name, score, pairs) if pairs else None
 
 
 def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int, int]]:
