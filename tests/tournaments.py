@@ -7,6 +7,7 @@ from pathlib import Path
 from pig.commands.tournament.config import load_config
 
 CONFIG = Path("configs/tournament/toyworld.yaml")
+CLAIMS = sorted(Path("configs/claims").glob("*.yaml"))
 
 
 def without_trials(file: Path = CONFIG) -> list[str]:

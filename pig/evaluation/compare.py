@@ -50,8 +50,7 @@ def compare(results: list[Path], /, out: Path) -> None:
         raise InputError("compare needs at least two folders of results")
     read = named_apart([Result.read(folder) for folder in results])
     check_alike(read)
-    each = [one for other in read[1:] for one in differences(read[0], other)]
-    found = [one for score in TITLES for one in corrected([one for one in each if one.score == score])]
+    found = corrected_by_score([one for other in read[1:] for one in differences(read[0], other)])
     if out.resolve() in [folder.resolve() for folder in results]:
         raise InputError(f"--out: {out} holds one of these results, whose report it would replace: give another")
     make_folder(out)
@@ -147,6 +146,11 @@ def difference(other: str, score: str, values: Sequence[float]) -> Difference:
 def corrected(found: Sequence[Difference]) -> list[Difference]:
     """With Holm's p for their number."""
     return [replace(one, p_holm=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
+
+
+def corrected_by_score(found: Sequence[Difference]) -> list[Difference]:
+    """With Holm's p for the number of those in the same score, score after score."""
+    return [one for score in TITLES for one in corrected([one for one in found if one.score == score])]
 
 
 def unpaired(first: Result, other: Result) -> list[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
-from tournaments import CONFIG, without_trials
+from tournaments import CLAIMS, CONFIG, without_trials
 
 from pig import cli
 from pig.commands.tournament import plan
@@ -16,8 +15,6 @@ from pig.commands.tournament.estimate import estimate, toy_module
 from pig.commands.tournament.run import is_done, make_worker, record_of
 from pig.errors import InputError
 from pig.mistakes import read_config
-
-CLAIMS = sorted(Path("configs/claims").glob("*.yaml"))
 
 
 def words_of(chains: list[plan.Chain]) -> list[tuple[str, ...]]:

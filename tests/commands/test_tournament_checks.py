@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tournaments import CONFIG
+from tournaments import CLAIMS, CONFIG
 
 from pig import cli
 from pig.commands.tournament.checks import check_inputs, check_plan
 from pig.commands.tournament.config import load_config
 from pig.commands.tournament.run import claim_folder
 from pig.errors import InputError
-
-CLAIMS = sorted(Path("configs/claims").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from benchmarks import sweep
 from pig import cli
 from pig.errors import InputError
 from pig.evaluation import benchmark, report
-from pig.evaluation.compare import Difference, compare, corrected, differences
+from pig.evaluation.compare import Difference, compare, corrected, corrected_by_score, differences
 from pig.evaluation.figures import Point, plane_svg, read_curve
 from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
@@ -162,8 +162,10 @@ def test_several_comparisons_are_corrected() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x .01, then 2 x .03, then no less
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
-    found = [Difference(other, "dino", 0, 0, 0, p, 9) for other, p in (("b", 0.01), ("c", 0.5))]
-    assert [one.p_holm for one in corrected(found)] == pytest.approx([0.02, 0.5])
+    found = [Difference(other, score, 0, 0, 0, p, 9) for other, score, p in (("b", "dino", 0.01), ("c", "dino", 0.5))]
+    found.append(Difference("b", "clip_t", 0, 0, 0, 0.02, 9))
+    assert [one.p_holm for one in corrected_by_score(found)] == pytest.approx([0.02, 0.5, 0.02])
+    assert [one.p_holm for one in corrected(found)] == pytest.approx([0.03, 0.5, 0.04])
 
 
 def test_evaluation_configs(bench, capsys) -> None:

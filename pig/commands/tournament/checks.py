@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -27,9 +28,10 @@ def check_plan(config: Tournament) -> None:
     """
     _check_claims(config)
     for name, entry in plan.firsts(config).items():
-        for trial in config.methods[plan.tried(config, name)].trials or [""]:
-            for given in plan.conditions(config, entry):
-                _check_words(config, name, [*plan.words_of(config, name, config.split(trial)), *given.words])
+        trials = config.methods[plan.tried(config, name)].trials or [""]
+        given = dict.fromkeys(condition.words for condition in plan.conditions(config, entry))  # of several the same
+        for trial, words in product(trials, given):
+            _check_words(config, name, [*plan.words_of(config, name, config.split(trial)), *words])
 
 
 def check_inputs(config: Tournament) -> None:
