@@ -35,7 +35,7 @@ from pig.data.modules import TripletDataModule
 from pig.data.schema import Batch
 from pig.data.transforms import ReferenceAugmentation
 from pig.methods.bootpig import BootPIG, TwoUNet
-from pig.models.backbone import half_is_fast
+from pig.models.backbone import fast_precision
 from pig.training.module import PRECISIONS
 from pig.training.optimizers import lay_out
 
@@ -43,7 +43,7 @@ WAYS = ("naive", "ours", "ours+precomputed")
 SIZES = {"toy": 64, "sd21": 512, "tiny": 64}  # resolution
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 3 if DEVICE.type == "cpu" else 1  # what else a CPU does shows
-PRECISION = "bf16-mixed" if half_is_fast(DEVICE.type) else "32-true"
+PRECISION = fast_precision(DEVICE.type)
 COMPILED = DEVICE.type == "cuda"  # on CPUs it gains nothing
 console = Console(soft_wrap=True)
 

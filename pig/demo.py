@@ -50,7 +50,6 @@ TRIPLETS, SUBJECTS, SEEDS = 8000, 24, (0, 1)
 SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_inference_steps": 20}
 BASE = {"text_guidance": 3.0, "num_inference_steps": 20}  # the base model's usual guidance
 SAMPLING_BATCH = 8
-PRECISION = "bf16-mixed" if half_is_fast("cpu") else "32-true"
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
 # The other embedded models, which draw the grid's subjects only, from one reference: a column's head, settings.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,8 +94,7 @@ def main() -> None:
     if not (out / "export/model_index.json").exists():
         last = out / "fit/checkpoints/last.ckpt"
         resume = {"ckpt_path": last} if last.exists() else {}
-        more = {"trainer.precision": PRECISION, **resume}
-        run("pig.cli", "fit", **{"config": CONFIG, "run": out, "data.shards": triplets, **more})
+        run("pig.cli", "fit", **{"config": CONFIG, "run": out, "data.shards": triplets, **resume})
         run("pig.cli", "export", checkpoint=last, out=out / "export")
         for name in ("trained_1_reference", "trained_3_references"):  # another model's
             shutil.rmtree(condition_folder(out, name), ignore_errors=True)
@@ -144,7 +142,7 @@ def announce(triplets: Path | None) -> None:
     batch = Batch(pictures, pictures[:, None], words, words, seeds, words)
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast("cpu")):
             loss, _ = module.losses(batch, training=False)
         loss.mean().backward()
         per_step = time.perf_counter() - began

@@ -16,6 +16,7 @@ import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pig.commands.missing import missing_inputs
@@ -23,12 +24,14 @@ from pig.data.modules import PersonalisationData
 from pig.errors import InputError, check_kinds, check_ranges, find_input_error
 from pig.files import locked, make_folder
 from pig.mistakes import PlainErrors, read_config, refuse_empty, values_of
+from pig.models.backbone import fast_precision
 from pig.training.checkpoints import RESUMED, load_checkpoint
 from pig.training.memory import print_memory
 from pig.training.module import PersonalisationModule
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
 
 OVERRIDES = "--config FILE sets everything; --model.X, --data.X and --trainer.X override single values of the file."
 MOST_DEVICES = 1024

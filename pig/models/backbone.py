@@ -137,6 +137,11 @@ def half_is_fast(device: str) -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
+def fast_precision(device: str = "") -> str:
+    """Lightning's name of the faster precision on a device; without one, on what its `accelerator: auto` takes."""
+    return "bf16-mixed" if half_is_fast(device or ("cuda" if torch.cuda.is_available() else "cpu")) else "32-true"
+
+
 def align(module: nn.Module) -> None:
     """Copy weights that a file maps to odd addresses: CPU kernels round otherwise there, and pixels would differ."""
     for tensor in (*module.parameters(), *module.buffers()):

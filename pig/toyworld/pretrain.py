@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from pig.models.backbone import half_is_fast
+from pig.models.backbone import fast_precision
 from pig.toyworld.stages.base import Stage
 from pig.toyworld.stages.clip import CLIPStage, VisionStage
 from pig.toyworld.stages.dino import DINOStage
@@ -54,7 +54,7 @@ def train(stage: Stage, name: str, out: Path, work: Path) -> None:
     last = work / name / "last.ckpt"
     trainer = Trainer(
         max_steps=stage.steps,
-        precision="bf16-mixed" if half_is_fast("cuda" if torch.cuda.is_available() else "cpu") else "32-true",
+        precision=fast_precision(),
         gradient_clip_val=1.0,
         logger=CSVLogger(work, name=name),
         plugins=[WholeCheckpoints()],

@@ -20,7 +20,7 @@ from pig.commands.tournament.config import load_config
 from pig.data.modules import TripletDataModule
 from pig.data.subject_training import SubjectDataModule
 from pig.methods import METHODS
-from pig.models.backbone import half_is_fast
+from pig.models import backbone
 from pig.models.names import WEIGHTS
 
 CONFIGS = sorted(path for method in METHODS for path in Path("configs", method).glob("*.yaml"))
@@ -127,6 +127,14 @@ def test_short_overrides_and_interpolation(monkeypatch, tmp_path) -> None:
     assert made.datamodule.shards == f"{tmp_path}/data/triplets"
 
 
+def test_the_toy_worlds_precision_is_the_fast_one_of_the_machine(monkeypatch, tmp_path) -> None:
+    for fast, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(backbone, "half_is_fast", lambda device, fast=fast: fast)
+        assert parse(monkeypatch, f"--config={TOY}", f"--run={tmp_path}").trainer.precision == expected
+    asked = parse(monkeypatch, f"--config={TOY}", f"--run={tmp_path}", "--trainer.precision=bf16-mixed")
+    assert asked.trainer.precision == "bf16-mixed"
+
+
 def test_the_demo_announces_what_its_config_says() -> None:
     config = yaml.safe_load(Path(TOY).read_text())
     assert config["trainer"]["max_steps"] == demo.TRAINING_STEPS
@@ -229,7 +237,6 @@ def test_fit_export_generate_evaluate(monkeypatch, capsys, toy_data, tmp_path) -
 run: {tmp_path}
 trainer:
   max_steps: 2
-  precision: {"bf16-mixed" if half_is_fast("cpu") else "32-true"}
   val_check_interval: 2
   log_every_n_steps: 1
   callbacks:
@@ -265,8 +272,6 @@ data:
 
     arguments = ["--run", tmp_path, "--ckpt_path", checkpoint, "--data.predict_subjects", toy_data / "subjects"]
     arguments += [
-        "--trainer.precision",
-        "32-true",
         "--trainer.limit_predict_batches",
         "2",
         "--trainer.callbacks",

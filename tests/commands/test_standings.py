@@ -179,7 +179,7 @@ def test_a_method_joins_by_one_line(tmp_path, toy_data, monkeypatch) -> None:
     monkeypatch.syspath_prepend("tests/methods")
     monkeypatch.setitem(METHODS, "toy_method", "toy_method")
     told = yaml.safe_load(Path("configs/bootpig/toyworld.yaml").read_text())
-    told["trainer"] |= {"precision": "32-true", "accelerator": "cpu"}
+    told["trainer"] |= {"accelerator": "cpu"}
     told["model"] = {"class_path": "toy_method.Module", "init_args": {"base": "toyworld"}}
     file, prompts, out = tmp_path / "mine.yaml", tmp_path / "prompts.txt", tmp_path / "out"
     file.write_text(yaml.safe_dump(told, sort_keys=False))
@@ -222,7 +222,7 @@ scorer: configs/evaluation/toyworld.yaml
 samples: 96
 seeds: [0, 1]
 references: [1]
-fit: --trainer.limit_val_batches=0 --trainer.precision=32-true
+fit: --trainer.limit_val_batches=0
 drawing: --steps=2 --images_per_prompt=2
 methods:
   bootpig: {{config: {config}, words: --data.batch_size=8, trials: [--image_guidance=2, --image_guidance=3],
