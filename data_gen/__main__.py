@@ -5,6 +5,7 @@ python -m data_gen captions|images|masks|quality|shards CONFIG [FOLDER] [key=val
 python -m data_gen inspect DIR [--out DIR]                   look at shards: contact sheet and statistics
 python -m data_gen encode SHARDS --base BASE --out DIR       run the frozen encoders over shards once
 python -m data_gen triplets|subjects|photos --help           draw toy triplets or subjects; pack photographs
+python -m data_gen cutouts --subjects DIR --segmenter NAME   find the objects of photographs, write their masks
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 from data_gen.config import load_config
-from data_gen.photos import pack_photos
+from data_gen.photos import pack_photos, write_masks
 from data_gen.toyworld import PARTIAL_SHARE, draw_subjects, draw_triplets
 from pig.arguments import Parser, parse
 from pig.data.transforms import ReferenceAugmentation
@@ -22,7 +23,7 @@ from pig.errors import InputError, check_ranges, check_text, run_command
 from pig.mistakes import refuse_empty
 from pig.models.cutting_out import CuttingOut
 
-COMMANDS = ("triplets", "subjects", "photos", "inspect")
+COMMANDS = ("triplets", "subjects", "photos", "cutouts", "inspect")
 SIZES = (8, 4096)  # sides of a picture, in pixels
 STAGES = ("captions", "images", "masks", "quality", "shards")
 
@@ -71,6 +72,21 @@ def photos(photos: Path, out: Path, object: str, size: int = 512, cutting_out: C
     if not object.strip():
         raise InputError("--object is empty: say what the pictures show, such as dog")
     pack_photos(photos, out, object, size, segment=(cutting_out or CuttingOut()).make())
+
+
+def cutouts(subjects: Path, cutting_out: CuttingOut | None = None) -> None:
+    """Find the object in each picture of a subjects folder, and write its mask beside it, as `NAME.mask.png`.
+
+    Every command that reads the folder then takes these masks, which you can look at and correct. A picture with a mask
+    or with transparency is left as it is.
+
+    Args:
+        subjects: a folder of subjects in DreamBooth's layout.
+    """
+    segment = (cutting_out or CuttingOut()).make()
+    if segment is None:
+        raise InputError("--segmenter none finds no object: name another, see --help")
+    write_masks(subjects, segment)
 
 
 def encode(

@@ -1,4 +1,4 @@
-"""Triplets from photographs with masks: the target is the photograph, the reference what its mask cuts out."""
+"""Photographs: their masks; and triplets: the target is the photograph, the reference what its mask cuts out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_gen.folders import claim_for
+from pig.data.images import save_picture
 from pig.data.schema import Triplet
 from pig.data.shards import write_shard
-from pig.data.subjects import PICTURES, Segment, is_picture, load_cutout, mask_path
+from pig.data.subjects import PICTURES, Segment, is_picture, load_cutout, mask_path, read_subjects
+from pig.data.transforms import has_alpha, load_image
 from pig.errors import InputError
 
 
@@ -50,6 +52,30 @@ def pack_photos(
     if not total:
         raise InputError(f"none of {len(paths)} photographs in {photos} could be used; the reasons stand above")
     print(f"{total} of {len(paths)} photographs -> {out}")
+
+
+def write_masks(folder: Path, segment: Segment) -> None:
+    """Write `NAME.mask.png` beside each picture of a subjects folder that has neither one nor transparency.
+
+    Raises:
+        InputError: names the pictures in which no object was found; the others' masks are written.
+    """
+    subjects = read_subjects(folder)
+    todo = [
+        (path, one.class_noun)
+        for one in subjects
+        for path in one.images
+        if not mask_path(path).exists() and not has_alpha(load_image(path))
+    ]
+    missed = []
+    for path, noun in tqdm(todo, desc="masks"):
+        try:
+            save_picture(mask_path(path), load_cutout(path, segment, noun).getchannel("A"))
+        except InputError as error:
+            missed.append(str(error))
+    print(f"{len(todo) - len(missed)} masks written into {folder}")
+    if missed:
+        raise InputError("\n".join([f"pictures that want a mask made by hand, NAME.mask.png: {len(missed)}", *missed]))
 
 
 def caption_of(photo: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -17,6 +18,7 @@ from PIL import Image
 from small_networks import tiny_grounding_dino, tiny_sam3
 
 from data_gen import images, masks, quality
+from data_gen.__main__ import run as data_gen
 from data_gen.config import ImagesConfig, MasksConfig, QualityConfig, load_config
 from data_gen.samples import Sample
 from pig.errors import InputError
@@ -208,3 +210,31 @@ def test_rembg_is_asked_as_its_package_wants(monkeypatch) -> None:
     assert segment(Image.new("RGB", (8, 9), "white"), "").size == (8, 9)
     with pytest.raises(InputError, match="rembg finds no object"):
         segment(Image.new("RGB", (8, 9)), "")
+
+
+def test_cutouts_writes_the_masks_of_a_subjects_folder(tmp_path, toy_data) -> None:
+    folder = tmp_path / "subjects"
+    shutil.copytree(toy_data / "subjects", folder)
+    true = {file: np.asarray(Image.open(file)) > 127 for file in sorted(folder.glob("*/*.mask.png"))}
+    own, *others = true
+    for file in others:
+        file.unlink()
+    before = own.read_bytes()
+    command = ["cutouts", f"--subjects={folder}", "--segmenter=sam"]
+    data_gen(command)
+    assert own.read_bytes() == before
+    overlaps = []
+    for file in others:
+        found = np.asarray(Image.open(file)) > 127
+        overlaps.append((found & true[file]).sum() / (found | true[file]).sum())
+    assert np.mean(overlaps) > 0.7, np.mean(overlaps)
+    # One without an object is named, and the others' masks are there.
+    empty, kept = others[0].with_name(others[0].name.replace(".mask", "")), others[1]
+    Image.new("RGB", (1000, 10)).save(empty)
+    others[0].unlink()
+    kept.unlink()
+    with pytest.raises(InputError, match=f"NAME.mask.png: 1\n{empty}: sam cannot see in a strip"):
+        data_gen(command)
+    assert kept.exists()
+    with pytest.raises(InputError, match="--segmenter none finds no object"):
+        data_gen(["cutouts", f"--subjects={folder}"])
