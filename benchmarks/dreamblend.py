@@ -4,8 +4,8 @@
 
 Each row is one tuning of all subjects. Its kept checkpoints are drawn plainly, then each late one is guided by each
 early one, and held against two rivals that cost almost nothing: the early network takes the first steps, and mixed
-weights. `--swept`: the row whose outermost pair is drawn with every other control, too. All with the same sampler
-(DDIM), the same noise, and a scene in every prompt. Then come the word maps' measures, time and memory, and figures.
+weights. `--swept`: the row whose outermost pair is drawn with every other control, too. All with one sampler
+(DPM-Solver++), the same noise, and a scene in every prompt. Then come the word maps' measures, time and memory, figures.
 Intervals are of the mean over subjects, differences paired by subject (95 %, bootstrap). What is finished is kept.
 """
 
@@ -61,7 +61,7 @@ SWEEP: dict[str, list[str]] = {
     "coarse layers": ["--coarse"],
 }
 PROMPTS, STEPS = 3, 12
-SAMPLER = "--scheduler=ddim"
+SAMPLER = "--scheduler=dpm++"
 LEVELS = (100, 300, 500, 700, 900)  # timesteps at which the word maps are measured
 SHOWN = 5  # subjects in the figures
 console = Console(soft_wrap=True)

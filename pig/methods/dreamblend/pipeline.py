@@ -50,8 +50,8 @@ class DreamBlendSettings(SamplingSettings):
     """Of the steps, from the first one on: those that the early network takes itself."""
     identifier: str = control("sks")
     """The word that stands for the subject before its class noun, as in training. A prompt may hold it."""
-    scheduler: SchedulerName | None = control("ddim")
-    """The sampler; one that remembers its last sample, such as UniPC, would undo a part of the gradient step."""
+    scheduler: SchedulerName | None = control("dpm++")
+    """The sampler; one that goes back to its last sample, as UniPC does, would undo a part of the gradient step."""
 
 
 @dataclass(eq=False)
