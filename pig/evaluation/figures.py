@@ -71,7 +71,7 @@ def plane_svg(
 def _with_error(values: Sequence[float]) -> tuple[float, list[list[float]]]:
     """The mean, and how far the 95 % interval reaches below and above it."""
     mean, (low, high) = fmean(values), interval(values)
-    return mean, [[mean - low], [high - mean]]
+    return mean, [[max(0.0, mean - low)], [max(0.0, high - mean)]]  # of equal values the bounds differ by rounding
 
 
 def _label(figure: Figure, axes: matplotlib.axes.Axes, places: Sequence[tuple[str, float, float]]) -> None:
