@@ -157,14 +157,18 @@ def claim(file: Path, now: Mapping[str, Any], instead: str) -> None:
     Raises:
         InputError: it was begun with something else. Names the first difference and, by `instead`, what to do.
     """
-    now = json.loads(json.dumps(now))
     if file.is_file():
-        then, told = flat(read_json(file, "")), flat(now)
-        for key in {**then, **told}:
-            if then.get(key) != told.get(key):
-                was = f"{file.parent} was begun with {key}={then.get(key)!r}"
-                raise InputError(f"{was}, now it is {told.get(key)!r}: {instead}")
+        check_claim(file, now, instead)
     write_text(file, json.dumps(now, indent=1) + "\n")
+
+
+def check_claim(file: Path, now: Mapping[str, Any], instead: str) -> None:
+    """The same of a file that is there."""
+    then, told = flat(read_json(file, "")), flat(json.loads(json.dumps(now)))
+    for key in {**then, **told}:
+        if then.get(key) != told.get(key):
+            was = f"{file.parent} was begun with {key}={then.get(key)!r}"
+            raise InputError(f"{was}, now it is {told.get(key)!r}: {instead}")
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from tournaments import CLAIMS, CONFIG, without_trials
 
 from pig import cli
 from pig.commands.tournament import plan
+from pig.commands.tournament.checks import check_inputs
 from pig.commands.tournament.config import Tournament, load_config
-from pig.commands.tournament.estimate import estimate, toy_module
-from pig.commands.tournament.run import is_done, make_worker, record_of
+from pig.commands.tournament.estimate import bytes_of_weight, estimate, toy_module
+from pig.commands.tournament.run import claim_folder, is_done, make_worker, record_of
 from pig.errors import InputError
 from pig.mistakes import read_config
 
@@ -192,6 +194,51 @@ def test_a_step_is_done_by_its_own_words(tmp_path) -> None:
     assert not is_done(tmp_path, plan.Step("a/fit", ("pig.cli", "fit"), anew=True))
 
 
+def test_methods_join_a_folder_that_is_begun(tmp_path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(Path("configs/bootpig/toyworld.yaml").read_text())
+    (tmp_path / "out").mkdir()
+
+    def claim(*words: str) -> None:
+        claim_folder(load_config(CONFIG, [f"out={tmp_path / 'out'}", *words]))
+
+    joins = f"methods.mine={{config: {mine}, trials: [--image_guidance=2, --image_guidance=3, --image_guidance=5]}}"
+    claim()
+    claim(joins)
+    claim(joins, "claims=[]")
+    with pytest.raises(InputError, match="was begun with methods.mine.kind='trained', now it is None"):
+        claim()
+    with pytest.raises(InputError, match="was begun with samples=4800, now it is 9600"):
+        claim(joins, "samples=9600")
+    with pytest.raises(InputError, match="was begun with methods.bootpig.common='--image_guidance=3'"):
+        claim(joins, "methods.bootpig.common=--image_guidance=4")
+    mine.write_text(mine.read_text() + "\n")
+    with pytest.raises(InputError, match="was begun with contents"):
+        claim(joins)
+
+
+def test_the_full_size_one_cuts_the_objects_out_once_for_all(tmp_path) -> None:
+    """DreamBooth's photographs have no masks, and InstantBooth refuses references without one."""
+    told = load_config(CONFIG.with_name("sd21.yaml"), [f"out={tmp_path}", "subjects=photos"])
+    first = plan.data(told)[0][0].words
+    assert first[:4] == ("data_gen", "cutouts", "--subjects", "photos")
+    (segmenter,) = {word for words in words_of(plan.drawings(told)) for word in words if word.startswith("--segmenter")}
+    assert segmenter == f"--segmenter={first[5]}"
+    with pytest.raises(InputError, match="there is no subjects folder photos"):
+        check_inputs(told)
+
+
+def test_what_is_kept_in_half_precision_is_estimated_at_half_the_disk(tmp_path) -> None:
+    told = load_config(CONFIG.with_name("sd21.yaml"), [f"out={tmp_path}"])
+    full = read_config(told.methods["dreambooth"].config)
+    assert full["model"]["init_args"]["save_half"] is True
+    entry = next(one for one in plan.entries(told) if one.method == "dreambooth")
+    kept = len(told.kept_steps(told.methods["dreambooth"]))
+    assert bytes_of_weight(told, entry, 30) == 30 * kept * 2
+    toy = load_config(CONFIG, [f"out={tmp_path}"])
+    assert bytes_of_weight(toy, entry, 30) == 30 * 4 * 4
+
+
 def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:
     cli.run(["tournament", str(CONFIG), "--dry_run", f"out={tmp_path / 'out'}", "seeds=[0, 1]"])
     said = capsys.readouterr().out
@@ -214,6 +261,9 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     prompts.write_text("a {0} {1} on a beach\na red {0} {1}\n")
     given = [f"subjects={toy_data / 'subjects'}", f"prompts={prompts}", "drawing=--steps=50 --images_per_prompt=3"]
     config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", "partial=''", *without_trials(), *given])
+    chain = tmp_path / "chain.yaml"
+    chain.write_text("captions: {count: 1}\nimages: {model: a/b, size: 512, steps: 10}\n")
+    config.data = [f"data_gen {chain} captions.count=2000"]
     kept = ("bootpig", "dreambooth", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}
     config.methods["bootpig"].common = ""
@@ -234,10 +284,13 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
         total == f"{12 * 2 * 3 * 9:,} pictures in 9 sets; all"
     )  # two of bootpig, one of each tuned, by two seeds; base
     unit = float(rows["UNet, a forward pass"].split()[0]) * 1e12
-    counts = re.fullmatch(r"([\d.]+) EFLOP \(training ([\d.]+), tuning ([\d.]+), pictures ([\d.]+)\)", rows[total])
-    assert counts is not None
-    whole, training, tuning, drawing = map(float, counts.groups())
-    assert whole == pytest.approx(training + tuning + drawing, abs=0.02)
+    parts = re.fullmatch(r"([\d.]+) EFLOP \((.*)\)", rows[total])
+    assert parts is not None
+    counts = dict(one.split() for one in parts[2].split(", "))
+    data, training, tuning, drawing = (float(counts[part]) for part in ("data", "training", "tuning", "pictures"))
+    assert float(parts[1]) == pytest.approx(data + training + tuning + drawing, abs=0.02)
+    # 2,000 pictures of 512 px in 10 steps of two branches.
+    assert data == pytest.approx(2000 * 10 * 2 * unit / 1e18, abs=0.01)
     assert training == pytest.approx(2 * config.samples * passes("bootpig: a sample") * unit / 1e18, abs=0.01)
     class_pictures = 12 * 50 * 20 * 2
     tuned = 2 * 12 * 200 * 2 * passes("dreambooth: a sample") + class_pictures

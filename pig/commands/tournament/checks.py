@@ -11,11 +11,11 @@ from typing import get_args
 from pig.arguments import parse
 from pig.commands.generate import refuse_steps
 from pig.commands.tournament import plan
-from pig.commands.tournament.config import Tournament
+from pig.commands.tournament.config import Tournament, last
 from pig.data.subjects import PromptKind, is_benchmark, plain_prompts, prompt_kind, read_subjects
 from pig.errors import InputError, check_named
 from pig.methods import METHODS, Source, find_model, pipeline_class
-from pig.mistakes import read_config
+from pig.mistakes import read_config, values_of
 
 STEPS = ("step", "early", "late")  # flags of `generate` that name kept steps of a tuning
 
@@ -39,13 +39,13 @@ def check_inputs(config: Tournament) -> None:
     Raises:
         InputError: folders of subjects, or prompts, that no command of `data` makes are not there, or unreadable.
     """
-    made = [word for line in config.data for word in config.split(line)]
+    made = [folder for line in config.data for folder in values_of(config.split(line), "--out", "output")]
     prompts = Path(config.path(config.prompts)) if config.prompts else None
-    if prompts is not None and not any(str(prompts) in word for word in made) and not prompts.is_file():
+    if prompts is not None and not any(prompts.is_relative_to(folder) for folder in made) and not prompts.is_file():
         raise InputError(f"prompts={prompts}: no such file")
     for key in ("subjects", "validation", "partial"):
         folder = config.path(getattr(config, key))
-        if folder and not any(folder in word for word in made):
+        if folder and folder not in made:
             read_subjects(folder, prompts)
 
 
@@ -66,8 +66,9 @@ def _check_claims(config: Tournament) -> None:
         check_named(f"claims[{number}].score", claim.score, plan.SCORES)
         if claim.score == "diversity" and config.images_per_prompt() < 2:
             raise InputError(f"claims[{number}]: diversity needs two images of a prompt: drawing=--images_per_prompt=2")
-        if claim.score == "dino_masked" and read_config(config.scorer).get("segmenter", "none") == "none":
-            raise InputError(f"claims[{number}]: dino_masked needs a segmenter in {config.scorer}")
+        segmenter = last(config.split(config.scoring), "segmenter") or read_config(config.scorer).get("segmenter")
+        if claim.score == "dino_masked" and segmenter in (None, "none"):
+            raise InputError(f"claims[{number}]: dino_masked needs a segmenter: scoring=--segmenter=sam")
         if claim.prompts:
             check_named(f"claims[{number}].prompts", claim.prompts, kinds)
 

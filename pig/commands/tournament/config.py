@@ -81,7 +81,7 @@ class Tournament:
 
     Attributes:
         out: the folder of all that is made.
-        data: commands that make the data, in their order; without `python -m`.
+        data: commands that make the data, in their order; without `python -m`. `{subjects}` in them is that folder.
         subjects: the benchmark, a folder of subjects with its prompts.
         validation: such a folder, for the trials.
         prompts: of the benchmark; default: the subjects folder's own.
@@ -93,6 +93,7 @@ class Tournament:
         same_time: whether each is also trained for as long as `against` took for its samples.
         seeds: of training and tuning.
         fit: words of every `fit`; drawing: of every `generate`. A method's own stand behind them, and count.
+        scoring: words of every `evaluate`, over `scorer`.
         against: the method that all others are compared with.
         claims: to be tested by what is found.
     """
@@ -111,6 +112,7 @@ class Tournament:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     fit: str = ""
     drawing: str = ""
+    scoring: str = ""
     against: str = "bootpig"
     methods: dict[str, Method] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
@@ -168,7 +170,7 @@ class Tournament:
         return sorted({*save_at, self.number("trainer.max_steps", steps, words)})
 
     def path(self, text: str) -> str:
-        return text.replace("{out}", self.out)
+        return text.replace("{subjects}", self.subjects).replace("{out}", self.out)
 
 
 def last(words: Sequence[str], flag: str) -> str | None:
@@ -194,7 +196,7 @@ def _check(config: Tournament) -> None:
     if not Path(config.scorer).is_file():
         raise InputError(f"scorer={config.scorer}: no such file")
     check_ranges(samples=(config.samples, 1, 10**12))
-    for line in (*config.data, config.fit, config.drawing):
+    for line in (*config.data, config.fit, config.drawing, config.scoring):
         config.split(line)
     if not config.seeds or not config.references:
         raise InputError("references and seeds must each name one")

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from omegaconf import OmegaConf
 from PIL import Image
+from tqdm import tqdm
 
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Method, Tournament
@@ -31,18 +33,19 @@ from pig.training.module import PersonalisationModule
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILISATION = 0.35
 # Bytes of a trained weight: of a method that is trained once in its delta (half precision), its last checkpoint and two
-# moments; of a tuned one in each kept step.
-TRAINED_BYTES, TUNED_BYTES = 2 + 3 * 4, 4
+# moments; of a tuned one in each kept step, in half precision or not.
+TRAINED_BYTES, TUNED_BYTES = 2 + 3 * 4, {True: 2, False: 4}
 COUNTED_STEPS = (3, 6)  # of a picture
 LIKE_THE_FULL = ("gradient_checkpointing",)  # a training's settings that change what a sample costs
 IDS = ("base", "image_encoder", "clip", "dino", "detector", "sam", "model")  # keys of configs that may name a hub's id
 
 
-def unet_flops(unet: UNet2DConditionModel, tokens: int = 77) -> int:
-    """Of a forward pass for one sample with a text of so many tokens; on the meta device."""
+def unet_flops(unet: UNet2DConditionModel, tokens: int = 77, size: int | None = None) -> int:
+    """Of a forward pass for one sample with a text of so many tokens; on the meta device. size: a side of the latents,
+    by default that of the config."""
     config = unet.config
     with torch.device("meta"):
-        size = config.sample_size
+        size = size or config.sample_size
         latents, text = torch.empty(1, 4, size, size), torch.empty(1, tokens, config.cross_attention_dim)
         return flops_of(lambda: unet(latents, torch.zeros((), dtype=torch.long), text))
 
@@ -109,7 +112,7 @@ def settings_of(pipeline: SubjectPipeline, source: Method, words: Sequence[str])
 def hub_ids(config: Tournament) -> list[str]:
     """Names in the configs that are no files here: what will be downloaded, if it is not in the cache yet."""
     trees = [read_config(config.scorer), {"base": config.base.removeprefix("base:")}]
-    trees += [read_config(word) for line in config.data for word in config.split(line) if word.endswith(".yaml")]
+    trees += [read_config(file) for file, _ in chains_of_data(config)]
     for method in config.methods.values():
         if method.config:
             told = read_config(method.config)
@@ -120,6 +123,24 @@ def hub_ids(config: Tournament) -> list[str]:
             trees.append(told)
     found = {name for tree in trees for name in _named(tree)}
     return sorted(name for name in found if name != TOYWORLD and not Path(name).exists())
+
+
+def chains_of_data(config: Tournament) -> Iterator[tuple[str, list[str]]]:
+    """The config of each chain of data generation, and what stands over it."""
+    for line in config.data:
+        words = config.split(line)
+        if words[:1] == ["data_gen"] and len(words) > 1 and words[1].endswith(".yaml"):
+            yield words[1], [word for word in words[2:] if "=" in word]
+
+
+def flops_of_data(config: Tournament, unet: UNet2DConditionModel) -> float:
+    """Of the pictures that data generation draws; without captions, masks, and what it draws again."""
+    total = 0.0
+    for file, over in chains_of_data(config):
+        told = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(over))
+        pictures = told.captions.count * told.images.get("per_caption", 1)
+        total += pictures * told.images.steps * 2 * unet_flops(unet, size=told.images.size // 8)
+    return total
 
 
 def _named(tree: Any) -> Iterator[str]:
@@ -139,7 +160,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         unet = UNet2DConditionModel(**SD21)
     unit, size = unet_flops(unet), unet.num_parameters()
     rows = [("UNet, a forward pass", f"{unit / 1e12:.2f} TFLOP")]
-    left_out = ["making the data", "trials", "scores"]
+    left_out = ["captions and masks of the data, and its disk (its own --dry-run says)", "trials", "scores"]
     try:
         prompts = Path(config.path(config.prompts)) if config.prompts else None
         subjects = read_subjects(config.path(config.subjects), prompts)
@@ -150,7 +171,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
     of_samples: dict[str, float] = {}
     weights: dict[str, float] = {}  # trained ones
     of_pictures: dict[tuple[str, str], float] = {}  # method, condition
-    for name, method in config.methods.items():
+    for name, method in tqdm(config.methods.items(), desc="counting FLOPs on small models", leave=False):
         _, source = config.weights_of(name)
         module = toy_module(source) if source.config else None
         pipeline = toy_pipeline(method, module)
@@ -174,7 +195,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
                 counted[key] = passes_of_picture(pipeline, references, steps, settings)
             passes = of_pictures[name, given.name] = counted[key]
             rows.append((f"{name}: a picture" + (f", {given.name}" if given.name else ""), cost(passes, unit)))
-    total, sets = dict.fromkeys(("training", "tuning", "pictures"), 0.0), 0
+    total, sets = {"data": flops_of_data(config, unet), "training": 0.0, "tuning": 0.0, "pictures": 0.0}, 0
     for one in plan.entries(config):
         method = config.methods[one.method]
         # With equal time, all cost what the one does that they are compared with.
@@ -213,7 +234,8 @@ def bytes_of_weight(config: Tournament, entry: plan.Entry, subjects: int) -> int
     """On disk, of each trained weight of an entry, which draws with weights of its own."""
     method = config.methods[entry.method]
     if method.kind == "tuned":
-        return TUNED_BYTES * len(config.kept_steps(method)) * subjects
+        half = read_config(method.config)["model"]["init_args"].get("save_half", False)
+        return TUNED_BYTES[half] * len(config.kept_steps(method)) * subjects
     return TRAINED_BYTES
 
 

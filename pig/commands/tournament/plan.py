@@ -277,7 +277,8 @@ def prompts_of(config: Tournament) -> list[str]:
 def scorer(config: Tournament) -> list[str]:
     """The command that scores, but for what and whereto."""
     count = f"--images_per_prompt={config.images_per_prompt()}"
-    return ["pig.cli", "evaluate", f"--config={config.scorer}", *prompts_of(config), count]
+    given = (*prompts_of(config), count, *config.split(config.scoring))
+    return ["pig.cli", "evaluate", f"--config={config.scorer}", *given]
 
 
 def tried(config: Tournament, method: str) -> str:

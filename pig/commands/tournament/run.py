@@ -29,7 +29,7 @@ from pig.errors import InputError, check_ranges
 from pig.evaluation.results import Result
 from pig.executors import ExecutorName, execute
 from pig.files import check_folder, locked, make_folder, read_json, sha256_of, write_text
-from pig.mistakes import claim
+from pig.mistakes import check_claim
 from pig.models.names import TOYWORLD
 from pig.processes import die_with_parent
 
@@ -85,18 +85,30 @@ def tournament(
 
 
 def claim_folder(config: Tournament) -> None:
-    """A folder holds one tournament: of these settings, and of these contents of the files that they name. Its claims
-    may change, for they change nothing that is made."""
+    """A folder holds one tournament: of these settings, and of these contents of the files that they name. Methods may
+    join it; claims may change, for they change nothing that is made.
+
+    Raises:
+        InputError: it was begun with other settings or files.
+    """
     told = asdict(config)
     del told["claims"]
-    lines = [*config.data, config.scorer, config.prompts, config.fit, config.drawing]
+    lines = [*config.data, config.scorer, config.prompts, config.fit, config.drawing, config.scoring]
     for one in config.methods.values():
         lines += [one.config, one.words, one.drawn, one.common, *one.trials]
     named = sorted({Path(word.rpartition("=")[2]) for line in lines for word in config.split(line)})
     told["contents"] = {
         str(file): sha256_of(file) for file in named if file.is_file() and not file.is_relative_to(config.folder())
     }
-    claim(config.folder() / SETTINGS, told, "give another out=FOLDER, or the same settings and files")
+    file = config.folder() / SETTINGS
+    if file.is_file():
+        then = read_json(file, "")
+        begun = {
+            key: {name: one for name, one in told[key].items() if name in then.get(key, {})}
+            for key in ("methods", "contents")
+        }
+        check_claim(file, {**told, **begun}, "give another out=FOLDER, or the same settings and files")
+    write_text(file, json.dumps(told, indent=1) + "\n")
 
 
 def print_plan(config: Tournament, guests: Sequence[Path]) -> None:
