@@ -5,7 +5,7 @@
 Each row is one tuning of all subjects. Its kept checkpoints are drawn plainly, then each late one is guided by each
 early one, and held against two rivals that cost almost nothing: the early network takes the first steps, and mixed
 weights. `--swept`: the row whose outermost pair is drawn with every other control, too. All with one sampler
-(DPM-Solver++), the same noise, and a scene in every prompt. Then come the word maps' measures, time and memory, figures.
+(DPM-Solver++), the same noise, a scene in every prompt. Then come the word maps' measures, time and memory, figures.
 Intervals are of the mean over subjects, differences paired by subject (95 %, bootstrap). What is finished is kept.
 """
 
