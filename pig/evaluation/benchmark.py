@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pig.evaluation.tables import score_table, write_tables
 from pig.files import digest, make_folder
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import make_segmenter
-from pig.models.names import RembgModel, SegmenterName
+from pig.models.names import TOYWORLD, RembgModel, SegmenterName
 
 LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "open_clip_torch", "timm", "torchmetrics")
 console = Console(soft_wrap=True)
@@ -145,103 +145,127 @@ class Scorer:
         )
 
 
-def subjects_of(
-    images: Path,
-    subjects: Path | None,
-    references: list[Path] | None,
-    class_noun: str,
-    prompts: Path | None,
-    only: list[str] | None,
-) -> list[SubjectFolder]:
-    """Whose pictures are scored, as `evaluate` is told."""
-    if subjects is not None and references is None:
-        return read_subjects(subjects, prompts, only)
-    if references is None or subjects is not None:
-        raise InputError("give --subjects, a benchmark's folder, or --references, the pictures that were drawn from")
-    if prompts is not None or only is not None:
-        raise InputError("--prompts and --only are for --subjects")
-    return [drawn_subject(references, images, class_noun)]
+@dataclass
+class Photographs:
+    """What the images are compared with: the pictures of a benchmark's subjects, or of one subject."""
+
+    subjects: Path | None = None
+    """A folder of subjects in DreamBooth's layout."""
+    references: list[Path] | None = None
+    """In place of --subjects: the pictures that you gave to `generate --references`."""
+    class_noun: str = ""
+    """For --references and grounded-sam: the class of the object, such as mug."""
+    prompts: Path | None = None
+    """The prompts file, by default the subjects folder's own `prompts_and_classes.txt`."""
+    only: list[str] | None = None
+    """Score only these subjects, by their folders' names."""
+
+    def read(self, images: Path) -> list[SubjectFolder]:
+        """
+        Raises:
+            InputError: what is given does not fit together, or cannot be read.
+        """
+        if self.subjects is not None and self.references is None:
+            return read_subjects(self.subjects, self.prompts, self.only)
+        if self.references is None or self.subjects is not None:
+            raise InputError(
+                "give --subjects, a benchmark's folder, or --references, the pictures that were drawn from"
+            )
+        if self.prompts is not None or self.only is not None:
+            raise InputError("--prompts and --only are for --subjects")
+        return [drawn_subject(self.references, images, self.class_noun)]
+
+    def left_out(self) -> set[str]:
+        """Names of the folder's subjects that are not scored."""
+        if self.subjects is None or self.only is None:
+            return set()
+        return {one.name for one in read_subjects(self.subjects, self.prompts)} - set(self.only)
+
+
+@dataclass
+class Scoring:
+    """By which rules and networks."""
+
+    protocol: ProtocolName = "dreambooth"
+    """The scoring rules. `dreambooth` is the standard; the others reproduce deviations that others' results have."""
+    clip: str = TOYWORLD
+    """`toyworld`; a folder in transformers' or open_clip's format; a hub id; `open_clip:MODEL/WEIGHTS`."""
+    dino: str = TOYWORLD
+    """`toyworld`; a folder in transformers' or timm's format; a hub id; `timm:MODEL`."""
+    segmenter: SegmenterName = "none"
+    """Also score the objects alone, on white: sam, grounded-sam, rembg; or none."""
+    sam: str = TOYWORLD
+    """For --segmenter sam and grounded-sam: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
+    rembg_model: RembgModel = "isnet-general-use"
+    """For --segmenter rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`."""
+    batch_size: int = 32
+    """Images per forward pass."""
+
+    def scorer(self, cache: Path, *, allow_missing: bool, left_out: Collection[str]) -> Scorer:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        rules = protocol_named(self.protocol)
+        return Scorer(
+            load_clip(self.clip, device),
+            load_dino(self.dino, device, crop=rules.crop),
+            cache,
+            rules,
+            make_segmenter(self.segmenter, sam=self.sam, rembg_model=self.rembg_model, device=device),
+            allow_missing=allow_missing,
+            batch_size=self.batch_size,
+            left_out=left_out,
+        )
+
+    def notes_on(self, scorer: Scorer) -> list[str]:
+        """Why the numbers may not be what the protocol's name promises."""
+        notes = []
+        if TOYWORLD in (self.clip, self.dino):
+            notes.append("scored with networks of the toy world: the numbers mean nothing outside of it")
+        found, patch = scorer.networks["dino"]["network"], scorer.protocol.dino_patch
+        if found != f"ViT, patches of {patch}":
+            notes.append(f"{self.protocol} means DINO ViT-S/{patch}; this is a {found}")
+        return notes
 
 
 def evaluate(
     images: Path,
     out: Path,
-    subjects: Path | None = None,
-    references: list[Path] | None = None,
-    class_noun: str = "",
-    prompts: Path | None = None,
-    only: list[str] | None = None,
-    protocol: ProtocolName = "dreambooth",
-    clip: str = "toyworld",
-    dino: str = "toyworld",
+    photographs: Photographs | None = None,
+    scoring: Scoring | None = None,
     text_only: Path | None = None,
-    segmenter: SegmenterName = "none",
-    sam: str = "toyworld",
-    rembg_model: RembgModel = "isnet-general-use",
     images_per_prompt: int | None = None,
     allow_missing: bool = False,
     name: str | None = None,
-    batch_size: int = 32,
 ) -> None:
     """Score a folder of generated images: results.json, tables (CSV, Markdown, LaTeX) and report.html.
 
     Args:
         images: folder of generated images, `SUBJECT/PROMPT_INDEX/SEED.png`, from any program.
         out: where the results go. Embeddings are cached there: a second run takes seconds, and a stopped run continues.
-        subjects: a folder of subjects in DreamBooth's layout.
-        references: in place of --subjects: the pictures that you gave to `generate --references`.
-        class_noun: for --references and grounded-sam: the class of the object, such as mug.
-        prompts: the prompts file, by default the subjects folder's own `prompts_and_classes.txt`.
-        only: score only these subjects, by their folders' names.
-        protocol: the scoring rules. `dreambooth` is the standard; the others reproduce deviations that others'
-            results have.
-        clip: `toyworld`; a folder in transformers' or open_clip's format; a hub id; `open_clip:MODEL/WEIGHTS`.
-        dino: `toyworld`; a folder in transformers' or timm's format; a hub id; `timm:MODEL`.
         text_only: images of the base model without references, for comparison (`generate --model base:NAME`).
-        segmenter: also score the objects alone, on white: sam, grounded-sam, rembg; or none.
-        sam: for --segmenter sam and grounded-sam: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth.
-        rembg_model: for --segmenter rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`.
         images_per_prompt: expected number of images per prompt; default: the largest number that any prompt has.
         allow_missing: if images are missing or unreadable, score the others and say so in the result.
         name: the method's name in the tables; default: the name of the images folder.
-        batch_size: images per forward pass.
     """
+    photographs, scoring = photographs or Photographs(), scoring or Scoring()
     check_ranges(
-        batch_size=(batch_size, 1, 4096),
+        batch_size=(scoring.batch_size, 1, 4096),
         images_per_prompt=(1 if images_per_prompt is None else images_per_prompt, 1, float("inf")),
     )
     check_text(name or "")
     if out.resolve().is_relative_to(images.resolve()):
         raise InputError(f"--out: {out} lies in the images folder {images}: give one outside of it")
-    rules, known = protocol_named(protocol), subjects_of(images, subjects, references, class_noun, prompts, only)
-    left_out = (
-        {one.name for one in read_subjects(str(subjects), prompts)} - {one.name for one in known} if only else set()
-    )
+    known, left_out = photographs.read(images), photographs.left_out()
     # Told before the networks are loaded, which may take long.
     for folder in (images, *([text_only] if text_only else [])):
         _, _, missing = check(folder, known, images_per_prompt if folder == images else None, left_out)
         if missing and not allow_missing:
             raise InputError(missing_message(missing))
     make_folder(out)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    scorer = Scorer(
-        load_clip(clip, device),
-        load_dino(dino, device, crop=rules.crop),
-        out,
-        rules,
-        make_segmenter(segmenter, sam=sam, rembg_model=rembg_model, device=device),
-        allow_missing=allow_missing,
-        batch_size=batch_size,
-        left_out=left_out,
-    )
+    scorer = scoring.scorer(out, allow_missing=allow_missing, left_out=left_out)
     result = scorer.score(images, known, images_per_prompt=images_per_prompt, text_only=text_only, name=name)
     if scorer.embed.rank > 0:
         return
-    if "toyworld" in (clip, dino):
-        result.notes.append("scored with networks of the toy world: the numbers mean nothing outside of it")
-    found = scorer.networks["dino"]["network"]
-    if found != f"ViT, patches of {rules.dino_patch}":
-        result.notes.append(f"{protocol} means DINO ViT-S/{rules.dino_patch}; this is a {found}")
+    result.notes += scoring.notes_on(scorer)
     keep_result(result, out)
 
 

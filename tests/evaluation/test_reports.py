@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import random
 import re
@@ -12,6 +11,7 @@ import sys
 import xml.etree.ElementTree
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from small_networks import noise
 
 from benchmarks import sweep
 from pig import cli
+from pig.arguments import parse
 from pig.errors import InputError
-from pig.evaluation import benchmark, report
+from pig.evaluation import report
 from pig.evaluation.compare import Difference, compare, corrected, corrected_by_score, differences
 from pig.evaluation.figures import Point, plane_svg, read_curve
-from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.evaluation.study import questions
@@ -174,8 +174,11 @@ def test_evaluation_configs(bench, capsys) -> None:
     assert [path.stem for path in configs] == ["dreambooth", "toyworld"]
     for path in configs:
         told = yaml.safe_load(path.read_text())
-        assert set(told) <= set(inspect.signature(benchmark.evaluate).parameters)
-        assert told["protocol"] in PROTOCOLS
+        _, values = parse(
+            "evaluate", "pig.evaluation.benchmark:evaluate", ["--images=a", "--out=b", f"--config={path}"]
+        )
+        taken = {**values, **asdict(values["photographs"]), **asdict(values["scoring"])}
+        assert {name: str(taken[name]) for name in told} == {name: str(value) for name, value in told.items()}
     found = evaluate(bench, "--config=configs/evaluation/toyworld.yaml")
     assert found["moves"]["segmenter"].startswith("sam ")
 

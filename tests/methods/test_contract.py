@@ -25,7 +25,7 @@ from pig.data.subject_training import ClassPictures, SubjectDataModule
 from pig.data.subjects import read_subjects
 from pig.data.transforms import ReferenceAugmentation
 from pig.errors import InputError
-from pig.evaluation.benchmark import evaluate
+from pig.evaluation.benchmark import Photographs, evaluate
 from pig.methods import METHODS, load_module, load_pipeline, pipeline_class
 from pig.methods.dreambooth.pipeline import DreamBoothSettings
 from pig.models.backbone import SCHEDULERS, load_backbone
@@ -312,7 +312,7 @@ def test_generate_and_evaluate(toy_data, trained, tmp_path, method) -> None:
     line = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
     assert line["method"] == method
     assert line["settings"]["num_inference_steps"] == 1
-    evaluate(images=out, subjects=toy_data / "subjects", prompts=prompts, out=tmp_path / "scores")
+    evaluate(out, tmp_path / "scores", Photographs(**given))
     result = json.loads((tmp_path / "scores/results.json").read_text())
     assert "dino" in json.dumps(result)
 

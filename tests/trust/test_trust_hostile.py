@@ -70,10 +70,9 @@ def test_14_a_foreign_result_puts_nothing_into_a_page(toy_data, tmp_path) -> Non
     lines = (toy_data / "subjects/prompts_and_classes.txt").read_text().splitlines()
     prompts.write_text("\n".join(one for one in lines if "format" not in one or "space" in one))
     generate(tmp_path / "images", "base:toyworld", **draw, prompts=prompts)
-    from pig.evaluation.benchmark import evaluate
+    from pig.evaluation.benchmark import Photographs, evaluate
 
-    subjects = toy_data / "subjects"
-    evaluate(images=tmp_path / "images", subjects=subjects, out=tmp_path / "a", prompts=prompts)
+    evaluate(tmp_path / "images", tmp_path / "a", Photographs(toy_data / "subjects", prompts=prompts))
     good = json.loads((tmp_path / "a/results.json").read_text())
     script = "<script>alert(1)</script>"
     (tmp_path / "b").mkdir()
