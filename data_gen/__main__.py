@@ -1,4 +1,4 @@
-"""Make triplet shards.
+"""Make triplet shards, toy subjects, and masks of photographs.
 
 python -m data_gen CONFIG [key=value ...] [--dry-run]        the whole chain: captions, images, masks, shards
 python -m data_gen captions|images|masks|quality|shards CONFIG [FOLDER] [key=value ...]       one stage of it
@@ -77,8 +77,8 @@ def photos(photos: Path, out: Path, object: str, size: int = 512, cutting_out: C
 def cutouts(subjects: Path, cutting_out: CuttingOut | None = None) -> None:
     """Find the object in each picture of a subjects folder, and write its mask beside it, as `NAME.mask.png`.
 
-    Every command that reads the folder then takes these masks, which you can look at and correct. A picture with a mask
-    or with transparency is left as it is.
+    `generate`, and `evaluate --segmenter`, then use these masks, which you can look at and correct; `tune` trains on
+    whole pictures. A picture with a mask or with transparency is left as it is.
 
     Args:
         subjects: a folder of subjects in DreamBooth's layout.

@@ -60,20 +60,15 @@ def write_masks(folder: Path, segment: Segment) -> None:
     Raises:
         InputError: names the pictures in which no object was found; the others' masks are written.
     """
-    subjects = read_subjects(folder)
-    todo = [
-        (path, one.class_noun)
-        for one in subjects
-        for path in one.images
-        if not mask_path(path).exists() and not has_alpha(load_image(path))
-    ]
+    pictures = [(path, one.class_noun) for one in read_subjects(folder) for path in one.images]
+    todo = [one for one in pictures if not mask_path(one[0]).exists() and not has_alpha(load_image(one[0]))]
     missed = []
     for path, noun in tqdm(todo, desc="masks"):
         try:
             save_picture(mask_path(path), load_cutout(path, segment, noun).getchannel("A"))
         except InputError as error:
             missed.append(str(error))
-    print(f"{len(todo) - len(missed)} masks written into {folder}")
+    print(f"{folder}: {len(todo) - len(missed)} masks written; {len(pictures) - len(todo)} pictures need none")
     if missed:
         raise InputError("\n".join([f"pictures that want a mask made by hand, NAME.mask.png: {len(missed)}", *missed]))
 

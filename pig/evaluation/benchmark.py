@@ -26,7 +26,7 @@ from pig.evaluation.tables import score_table, write_tables
 from pig.files import digest, make_folder
 from pig.models.encoders import Clip, ImageEncoder, load_clip, load_dino
 from pig.models.foreground import make_segmenter
-from pig.models.names import TOYWORLD, RembgModel, SegmenterName
+from pig.models.names import DETECTOR, TOYWORLD, RembgModel, SegmenterName
 
 LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "open_clip_torch", "timm", "torchmetrics")
 console = Console(soft_wrap=True)
@@ -154,7 +154,7 @@ class Photographs:
     references: list[Path] | None = None
     """In place of --subjects: the pictures that you gave to `generate --references`."""
     class_noun: str = ""
-    """For --references and grounded-sam: the class of the object, such as mug."""
+    """With --references and --segmenter grounded-sam: the class of the object, such as mug."""
     prompts: Path | None = None
     """The prompts file, by default the subjects folder's own `prompts_and_classes.txt`."""
     only: list[str] | None = None
@@ -196,6 +196,8 @@ class Scoring:
     """Also score the objects alone, on white: sam, grounded-sam, rembg; or none."""
     sam: str = TOYWORLD
     """For --segmenter sam and grounded-sam: `toyworld` or Meta's file, such as sam_vit_h_4b8939.pth."""
+    detector: str = DETECTOR
+    """For --segmenter grounded-sam: a Grounding DINO model in transformers' format."""
     rembg_model: RembgModel = "isnet-general-use"
     """For --segmenter rembg: u2netp, isnet-general-use or birefnet-general; see `generate --help`."""
     batch_size: int = 32
@@ -209,7 +211,9 @@ class Scoring:
             load_dino(self.dino, device, crop=rules.crop),
             cache,
             rules,
-            make_segmenter(self.segmenter, sam=self.sam, rembg_model=self.rembg_model, device=device),
+            make_segmenter(
+                self.segmenter, sam=self.sam, detector=self.detector, rembg_model=self.rembg_model, device=device
+            ),
             allow_missing=allow_missing,
             batch_size=self.batch_size,
             left_out=left_out,

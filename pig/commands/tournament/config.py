@@ -27,7 +27,8 @@ READ = {  # kind of method -> what it reads, besides `drawn`
 
 @dataclass
 class Method:
-    """One that takes part. Words are those of a command line; `{out}` in them is the tournament's folder.
+    """One that takes part. Words are those of a command line; in them, as in all lines of a tournament's file, `{out}`
+    stands for its folder and `{subjects}` for its folder of subjects.
 
     Attributes:
         kind: `trained` once for all subjects by `fit`; `tuned` for each by `tune`; `blended`: draws with the
@@ -36,11 +37,12 @@ class Method:
         config: the experiment, of a trained or tuned one.
         words: of `fit` or `tune`, over the config.
         of: the trained or tuned method whose weights a blended one or one of kind `again` draws with.
-        references, seeds: in place of the tournament's. Of kinds that draw with another's weights, its seeds.
+        references, seeds: in place of the tournament's. A method that draws with another's weights has its seeds.
         drawn: words of `generate`.
         trials: words of `generate`, one line for each trial on the validation subjects, the best of which is taken. All
             methods that have any have the same number.
-        common: words of `generate` that set its image guidance to the value that all have in common.
+        common: words of `generate` that set the image guidance which the methods have in the condition "common
+            guidance".
     """
 
     kind: str = "trained"
@@ -56,15 +58,15 @@ class Method:
 
 @dataclass
 class Claim:
-    """Something that is said of two entries, and that their scores can hold against it.
+    """A claim that one entry scores higher than another.
 
     Attributes:
-        source: who says it, where, with which figures.
-        says: what.
-        higher, lower: the two. A method's name, after which ", equal time" and what it was given may stand, as in the
-            tables: `bootpig, 4 partial pictures`.
-        score: in which the one is said to be higher.
-        prompts: of which kind; default: all.
+        source: who claims it, where, with which figures.
+        says: the claim in words.
+        higher, lower: the entries, as in the tables: a method's name, after which ", equal time" and what it was given
+            may stand, such as `bootpig, 4 partial pictures`.
+        score: in which they are compared.
+        prompts: the kind of prompts; default: all.
     """
 
     source: str = MISSING
@@ -81,19 +83,20 @@ class Tournament:
 
     Attributes:
         out: the folder of all that is made.
-        data: commands that make the data, in their order; without `python -m`. `{subjects}` in them is that folder.
+        data: commands that make the data, in their order; without `python -m`.
         subjects: the benchmark, a folder of subjects with its prompts.
         validation: such a folder, for the trials.
         prompts: of the benchmark; default: the subjects folder's own.
-        partial: the same subjects, by pictures that show a part of each; "" where there are none.
+        partial: a second folder of the same subjects: of each four pictures three show a part, the last one all. Empty:
+            none.
         references: how many pictures the trained methods are given; each number is drawn and scored.
         base: the base model, as `generate --model` takes it.
         scorer: a config of `evaluate`.
         samples: that each method is trained on.
         same_time: whether each is also trained for as long as `against` took for its samples.
         seeds: of training and tuning.
-        fit: words of every `fit`; drawing: of every `generate`. A method's own stand behind them, and count.
-        scoring: words of every `evaluate`, over `scorer`.
+        fit, drawing: words of every `fit` and of every `generate`; a method's own words override them.
+        scoring: words of every `evaluate`; they override `scorer`.
         against: the method that all others are compared with.
         claims: to be tested by what is found.
     """
@@ -160,7 +163,7 @@ class Tournament:
         return int(size)
 
     def kept_steps(self, method: Method) -> list[int]:
-        """Of a tuning, whose folders `generate` draws from."""
+        """The steps whose checkpoints a tuning keeps."""
         words, save_at, steps = self.split(method.words), list[int](), 0
         for file in (method.config, *values_of(words, "--config")):
             told = read_config(file)

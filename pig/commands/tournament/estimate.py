@@ -21,7 +21,7 @@ from pig.costs import SD21, flops_of
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods import load_pipeline, pipeline_class
-from pig.mistakes import read_config
+from pig.mistakes import read_config, values_of
 from pig.models.backbone import Backbone, load_backbone, vae_scale
 from pig.models.names import TOYWORLD
 from pig.sampling.pipeline import SubjectPipeline
@@ -32,8 +32,8 @@ from pig.training.module import PersonalisationModule
 # Dense bf16 TFLOP/s by the makers' data sheets, and the share of it that trainings of such UNets reach.
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILISATION = 0.35
-# Bytes of a trained weight: of a method that is trained once in its delta (half precision), its last checkpoint and two
-# moments; of a tuned one in each kept step, in half precision or not.
+# Bytes on disk of each trained weight. Of a method that is trained once: its exported weights (half precision), and its
+# last checkpoint with the optimizer's two moments. Of a tuned one: each kept step, by whether that is in half precision.
 TRAINED_BYTES, TUNED_BYTES = 2 + 3 * 4, {True: 2, False: 4}
 COUNTED_STEPS = (3, 6)  # of a picture
 LIKE_THE_FULL = ("gradient_checkpointing",)  # a training's settings that change what a sample costs
@@ -110,9 +110,13 @@ def settings_of(pipeline: SubjectPipeline, source: Method, words: Sequence[str])
 
 
 def hub_ids(config: Tournament) -> list[str]:
-    """Names in the configs that are no files here: what will be downloaded, if it is not in the cache yet."""
+    """Models that the configs name and that are not on this disk: hub ids, which are downloaded, and files, which you
+    must provide."""
     trees = [read_config(config.scorer), {"base": config.base.removeprefix("base:")}]
     trees += [read_config(file) for file, _ in chains_of_data(config)]
+    for line in (*config.data, config.drawing, config.scoring):
+        words = config.split(line)
+        trees += [{name: value} for name in IDS for value in values_of(words, f"--{name}")]
     for method in config.methods.values():
         if method.config:
             told = read_config(method.config)
@@ -126,7 +130,7 @@ def hub_ids(config: Tournament) -> list[str]:
 
 
 def chains_of_data(config: Tournament) -> Iterator[tuple[str, list[str]]]:
-    """The config of each chain of data generation, and what stands over it."""
+    """The config of each chain of data generation, and its overrides."""
     for line in config.data:
         words = config.split(line)
         if words[:1] == ["data_gen"] and len(words) > 1 and words[1].endswith(".yaml"):
@@ -134,7 +138,7 @@ def chains_of_data(config: Tournament) -> Iterator[tuple[str, list[str]]]:
 
 
 def flops_of_data(config: Tournament, unet: UNet2DConditionModel) -> float:
-    """Of the pictures that data generation draws; without captions, masks, and what it draws again."""
+    """Of the pictures that data generation draws; without captions and masks, and without pictures drawn again."""
     total = 0.0
     for file, over in chains_of_data(config):
         told = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(over))
@@ -160,7 +164,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         unet = UNet2DConditionModel(**SD21)
     unit, size = unet_flops(unet), unet.num_parameters()
     rows = [("UNet, a forward pass", f"{unit / 1e12:.2f} TFLOP")]
-    left_out = ["captions and masks of the data, and its disk (its own --dry-run says)", "trials", "scores"]
+    left_out = ["captions, masks and rejected pictures of the data, and its disk", "trials", "scores"]
     try:
         prompts = Path(config.path(config.prompts)) if config.prompts else None
         subjects = read_subjects(config.path(config.subjects), prompts)
@@ -222,7 +226,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
     most = pictures * sets * 3 * (unet.config.sample_size * 8) ** 2
     rows.append(("on disk", f"{models / 1e9:,.0f} GB of models, at most {most / 1e9:,.0f} GB of pictures"))
     rows.append(("not counted", "; ".join(left_out)))
-    rows.append(("downloads, unless cached", ", ".join(hub_ids(config)) or "none"))
+    rows.append(("needed: downloads, files", ", ".join(hub_ids(config)) or "none"))
     return rows
 
 

@@ -49,12 +49,13 @@ def tournament(
     """Train, tune, draw, score and compare all methods that a file names. A stopped tournament continues.
 
     Args:
-        experiment: the YAML file, and behind it values over it, such as `samples=6400 seeds=[0]`.
-        dry_run: print the commands, and do nothing.
+        experiment: the YAML file, then overrides, such as `samples=6400 seeds=[0]`.
+        dry_run: print the plan, and run nothing: the commands that are known before the first one has run; at full size
+            also hours of a GPU, disk and downloads, which takes minutes to count.
         also: folders of images by other programs, `SUBJECT/PROMPT_INDEX/SEED.png`, which join the table.
         executor: `local` starts processes on this machine, `ray` uses the cluster at RAY_ADDRESS (with a shared disk).
-        workers: number of commands that run at the same time; with GPUs, each uses one, but for a command that has no
-            other beside it. Times are comparable if they do not take each other's cores.
+        workers: number of commands that run at the same time. On GPUs each has one; a command that runs alone has all.
+            Durations are comparable only if the commands do not share cores.
         threads: CPU threads of each.
     """
     told = load_config(Path(experiment[0]), experiment[1:])
@@ -166,7 +167,7 @@ def record_of(out: Path, step: Step) -> Path:
 def is_done(out: Path, step: Step) -> bool:
     """
     Raises:
-        InputError: it was done by other words.
+        InputError: it was run with other words.
     """
     file = record_of(out, step)
     if step.anew or not file.is_file():
