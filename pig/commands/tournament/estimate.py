@@ -33,7 +33,7 @@ from pig.training.module import PersonalisationModule
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILISATION = 0.35
 # Bytes on disk of each trained weight. Of a method that is trained once: its exported weights (half precision), and its
-# last checkpoint with the optimizer's two moments. Of a tuned one: each kept step, by whether that is in half precision.
+# last checkpoint with the optimizer's two moments. Of a tuned one: each kept step, in half precision or not.
 TRAINED_BYTES, TUNED_BYTES = 2 + 3 * 4, {True: 2, False: 4}
 COUNTED_STEPS = (3, 6)  # of a picture
 LIKE_THE_FULL = ("gradient_checkpointing",)  # a training's settings that change what a sample costs
