@@ -31,7 +31,7 @@ from pig.training.module import PersonalisationModule
 
 # `${run}` means the config's own top level, below whichever subcommand; `omegaconf+` resolves after all overrides.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
+OmegaConf.register_resolver("fast_precision", fast_precision, replace=True)
 
 OVERRIDES = "--config FILE sets everything; --model.X, --data.X and --trainer.X override single values of the file."
 MOST_DEVICES = 1024
