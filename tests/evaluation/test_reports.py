@@ -29,6 +29,7 @@ from pig.errors import InputError
 from pig.evaluation import report
 from pig.evaluation.compare import Difference, compare, corrected, corrected_by_score, differences
 from pig.evaluation.figures import Point, plane_svg, read_curve
+from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.evaluation.study import questions
@@ -177,6 +178,7 @@ def test_evaluation_configs(bench, capsys) -> None:
         _, values = parse(
             "evaluate", "pig.evaluation.benchmark:evaluate", ["--images=a", "--out=b", f"--config={path}"]
         )
+        assert told["protocol"] in PROTOCOLS
         taken = {**values, **asdict(values["photographs"]), **asdict(values["scoring"])}
         assert {name: str(taken[name]) for name in told} == {name: str(value) for name, value in told.items()}
     found = evaluate(bench, "--config=configs/evaluation/toyworld.yaml")

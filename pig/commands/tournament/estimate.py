@@ -142,8 +142,9 @@ def flops_of_data(config: Tournament, unet: UNet2DConditionModel) -> float:
     total = 0.0
     for file, over in chains_of_data(config):
         told = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(over))
-        pictures = told.captions.count * told.images.get("per_caption", 1)
-        total += pictures * told.images.steps * 2 * unet_flops(unet, size=told.images.size // 8)
+        images = {"per_caption": 1, "size": 512, "steps": 25, **told.images}  # the defaults of data generation
+        pictures = told.captions.count * images["per_caption"]
+        total += pictures * images["steps"] * 2 * unet_flops(unet, size=images["size"] // 8)
     return total
 
 
