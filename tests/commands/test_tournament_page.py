@@ -15,6 +15,7 @@ from tournaments import CONFIG, without_trials
 from pig.commands.tournament import plan
 from pig.commands.tournament.config import Claim, Tournament, load_config
 from pig.commands.tournament.page import find, write_pages
+from pig.commands.tournament.run import choose
 from pig.errors import InputError
 from pig.evaluation.results import Result
 
@@ -40,6 +41,7 @@ def write_result(folder: Path, name: str, dino: float) -> None:
         for seed in (0, 1)
     ]
     scores = {one: dict.fromkeys(("mean", "low", "high"), 0.5) for one in ("dino", "clip_i", "clip_t")}
+    scores["dino"] = dict.fromkeys(("mean", "low", "high"), dino)
     subjects, photographs = (dict.fromkeys(SUBJECTS, told) for told in ({"dino": dino}, [{"file": "0", "key": "none"}]))
     moves = {"networks": "toy"}
     result = Result("dreambooth", "abc", name, scores, subjects, {}, BOUND, images, photographs, [], [], "", moves)
@@ -119,10 +121,28 @@ def test_the_ledger_says_what_it_cost(finished, tmp_path) -> None:
     assert shown == {"trained weights, M": "10.5", "training: samples": "4,800", "minutes": "2", "TFLOP": "4.8"}
     assert rows["bootpig"][4] == "2"  # GB
     assert rows["bootpig"][-4:] == ["28", "0.5", "1", "10"]
-    assert rows["dreambooth"][5:8] == ["1", "0.4", "2"]  # minutes, TFLOP and GB of a subject
-    assert rows["base"][:8] == ["10.5", *[""] * 7]
+    assert rows["dreambooth"][5:9] == ["400", "1", "0.4", "2"]  # samples, minutes, TFLOP and GB of a subject
+    assert rows["base"][:9] == ["10.5", *[""] * 8]
     costs = json.loads((tmp_path / "tournament.json").read_text())["costs"]
     assert [row["method"] for row in costs] == ["bootpig", "ezigen", "ezigen, equal time", "dreambooth", "base"]
+
+
+def test_the_settings_are_shown_with_what_they_were_chosen_from(finished, tmp_path) -> None:
+    trials = {"--image_guidance=3": 0.5, "--image_guidance=5": 0.7}
+    finished.methods["bootpig"].trials = list(trials)
+    for number, dino in enumerate(trials.values()):
+        write_result(plan.trial_folder(finished, "bootpig", number) / "scores", f"trial_{number}", dino)
+    choose(finished)
+    write_pages(finished, [])
+    page = (tmp_path / "tournament.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "guidance=" in line]
+    assert rows == [
+        ["bootpig", "--image_guidance=3", ".500", ".500", ""],
+        ["bootpig", "--image_guidance=5", ".700", ".500", "chosen"],
+    ]
+    assert "| ezigen |  |  |  | no trials |" in page
+    told = json.loads((tmp_path / "tournament.json").read_text())["trials"]
+    assert told["bootpig"]["--image_guidance=5"] == {"dino": 0.7, "clip_t": 0.5}
 
 
 def test_the_report_shows_planes_and_all_images_side_by_side(finished, tmp_path) -> None:

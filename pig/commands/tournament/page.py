@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pig.commands.tournament.standings import (
     main_standings,
     ranks,
     read_standings,
+    trials_of,
 )
 from pig.evaluation.compare import Difference, check_alike, signed
 from pig.evaluation.figures import Point, plane_svg, svg_of
@@ -39,7 +41,8 @@ COSTS = {  # of the ledger: key -> heading, factor
     "training_seconds": ("minutes", 1 / 60),
     "training_flops": ("TFLOP", 1e-12),
     "training_memory_bytes": ("peak memory, GB", 1e-9),
-    "tuning_seconds": ("tuning a subject: minutes", 1 / 60),
+    "tuning_samples": ("tuning a subject: samples", 1),
+    "tuning_seconds": ("minutes", 1 / 60),
     "tuning_flops": ("TFLOP", 1e-12),
     "tuning_memory_bytes": ("peak memory, GB", 1e-9),
     "flops_per_picture": ("picture: GFLOP", 1e-9),
@@ -51,7 +54,8 @@ COSTS = {  # of the ledger: key -> heading, factor
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the pages show. first: of each method and budget the first condition. gaps: score -> to `against`."""
+    """All that the pages show. first: of each method and budget the first condition. gaps: score -> to `against`.
+    trials: method -> words -> score -> its mean over the validation subjects."""
 
     standings: Sequence[Standing]
     first: Sequence[Standing]
@@ -59,6 +63,7 @@ class Findings:
     gaps: Mapping[str, Sequence[Difference]]
     ranks: Mapping[str, Mapping[str, tuple[int, int, int]]]
     claims: Sequence[Tested]
+    trials: Mapping[str, Mapping[str, Mapping[str, float]]]
     costs: Sequence[Mapping[str, Any]]
 
     @property
@@ -81,6 +86,10 @@ def find(config: Tournament, guests: Sequence[Path]) -> Findings:
         gaps={score: gaps(under_all, others, score) for score in COMPARED},
         ranks={score: ranks(first, score) for score in COMPARED},
         claims=judge(config, standings),
+        trials={
+            name: {line: {score: of.scores[score]["mean"] for score in COMPARED} for line, of in tried.items()}
+            for name, tried in ((name, trials_of(config, name)) for name in config.methods)
+        },
         costs=ledger(config),
     )
 
@@ -122,6 +131,7 @@ def all_tables(config: Tournament, found: Findings) -> list[tuple[str, Table, st
         tables.append(("By kind of prompt", kinds_table(found), "Means over subjects."))
     if any(one not in found.first for one in found.standings):
         tables.append(("Other conditions", conditions_table(found.standings), CONDITIONS))
+    tables.append(("Settings", settings_table(config, found), SETTINGS))
     tables.append(("Costs", costs_table(found.costs), LEDGER))
     return tables
 
@@ -139,6 +149,10 @@ CONDITIONS = "What each was given; a partial picture shows a part of the subject
 GAPS = (
     "Paired by subject; each to the scores under the same condition, where there are any. p: signs flipped at random, "
     "corrected by Holm for the number of rows."
+)
+SETTINGS = (
+    "What each was drawn with, beside its model's own defaults, and the trials that this was chosen from, with their "
+    "scores on the validation subjects."
 )
 LEDGER = (
     "Training: steps with their data. Tuning: without the class pictures, which the first tuning of a class draws. A "
@@ -224,6 +238,18 @@ def conditions_table(standings: Sequence[Standing]) -> Table:
     return Table(["", "given", *(TITLES[score] for score in COMPARED)], rows)
 
 
+def settings_table(config: Tournament, found: Findings) -> Table:
+    rows = []
+    for name, trials in found.trials.items():
+        words = plan.chosen(config, name)
+        if not trials:
+            rows.append(("all", [name, shlex.join(words), "", "", "no trials"]))
+        for line, means in trials.items():
+            choice = "chosen" if plan.words_of(config, name, config.split(line)) == words else ""
+            rows.append(("all", [name, line, *(short(means[score]) for score in COMPARED), choice]))
+    return Table(["", "drawn with", *(TITLES[score] for score in COMPARED), ""], rows)
+
+
 def costs_table(costs: Sequence[Mapping[str, Any]]) -> Table:
     shown = [key for key in COSTS if any(row.get(key) is not None for row in costs)]
     rows = [("all", [row["method"], *(_cost(row.get(key), COSTS[key][1]) for key in shown)]) for row in costs]
@@ -283,5 +309,6 @@ def numbers(found: Findings) -> dict[str, Any]:
         "gaps": [asdict(gap) for of_score in found.gaps.values() for gap in of_score],
         "claims": [{**asdict(one), "verdict": one.verdict} for one in found.claims],
         "ranks": dict(found.ranks),
+        "trials": dict(found.trials),
         "costs": list(found.costs),
     }

@@ -23,10 +23,9 @@ from pig.commands.tournament.config import Tournament, load_config
 from pig.commands.tournament.estimate import estimate
 from pig.commands.tournament.page import write_pages
 from pig.commands.tournament.plan import Chain, Step
-from pig.commands.tournament.standings import selection
+from pig.commands.tournament.standings import selection, trials_of
 from pig.costs import machine
 from pig.errors import InputError, check_ranges
-from pig.evaluation.results import Result
 from pig.executors import ExecutorName, execute
 from pig.files import check_folder, locked, make_folder, read_json, sha256_of, write_text
 from pig.mistakes import check_claim
@@ -234,9 +233,7 @@ def run_step(out: Path, environment: dict[str, str], step: Step) -> None:
 def choose(config: Tournament) -> None:
     """Note each method's best trial."""
     for name, method in config.methods.items():
-        folders = [plan.trial_folder(config, name, number) for number in range(len(method.trials))]
-        found = [selection(Result.read(folder / "scores")) for folder in folders]
-        if found:
-            best = max(range(len(found)), key=found.__getitem__)
-            told = {"words": config.split(method.trials[best]), "trials": dict(zip(method.trials, found, strict=True))}
+        if method.trials:
+            found = {line: selection(result) for line, result in trials_of(config, name).items()}
+            told = {"words": config.split(max(found, key=found.__getitem__)), "trials": found}
             write_text(config.folder() / name / plan.CHOSEN, json.dumps(told, indent=1) + "\n")

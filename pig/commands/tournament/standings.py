@@ -69,6 +69,12 @@ def selection(result: Result) -> float:
     return (dino * clip_t) ** 0.5
 
 
+def trials_of(config: Tournament, method: str) -> dict[str, Result]:
+    """Each trial's words, and what it has scored on the validation subjects."""
+    lines = enumerate(config.methods[method].trials)
+    return {line: Result.read(plan.trial_folder(config, method, number) / "scores") for number, line in lines}
+
+
 def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]:
     """In the order of the config, each method's conditions one after the other; guests last."""
     of: dict[tuple[str, str, str], list[Result]] = {}
