@@ -158,8 +158,9 @@ def announce(triplets: Path | None) -> None:
     minutes = (40 + training + sampling + 60) / 60
     console.print(
         f"{source} and {SUBJECTS} held-out subjects, train BootPIG for {TRAINING_STEPS} steps of\n{BATCH_SIZE}, export "
-        f"it, draw {images} images under each of {len(CONDITIONS)} conditions, and score them.\non this machine about "
-        f"{minutes:.0f} minutes ({training / 60:.0f} of them training, {sampling / 60:.0f} drawing)\n"
+        f"it, draw {images} images under each of {len(CONDITIONS)} conditions, score them, and draw\n{SHOWN} by each "
+        f"of {len(OTHERS)} other embedded models. On this machine about {minutes:.0f} minutes\n"
+        f"({training / 60:.0f} of them training, {sampling / 60:.0f} drawing)\n"
     )
 
 
