@@ -124,7 +124,9 @@ def print_plan(config: Tournament, guests: Sequence[Path]) -> None:
     table.add_row("drawing and scoring", f"{2 * drawn + len(config.methods)}")
     console.print(table)
     if config.base != f"base:{TOYWORLD}":
-        sizes = Table("", "", title="at full size", show_header=False)
+        sizes = Table(title="at full size", show_header=False)
+        sizes.add_column()
+        sizes.add_column(overflow="fold")  # names of models stay whole
         for row in estimate(config):
             sizes.add_row(*row)
         console.print(sizes)
