@@ -90,7 +90,7 @@ def test_claims_tell_fit_what_their_methods_are_called(monkeypatch, tmp_path, fi
     config = load_config(Path(file), [f"out={tmp_path}"])
     step = next(one for (one, _) in plan.trainings(config, plan.SAMPLES) if one.name.startswith(f"{name}/"))
     made = parse(monkeypatch, *(word for word in step.words[2:] if not word.startswith("--trainer.callbacks")), *HERE)
-    assert made.trainer.max_steps == 300
+    assert made.trainer.max_steps == (700 if file.endswith("instantbooth.yaml") else 300)
     model, augmentation = made.model.hparams, made.datamodule.augmentation
     method, trained = made.model.method, {name for name, rate in made.model.learning_rates.items() if rate > 0}
     if method == "bootpig":
