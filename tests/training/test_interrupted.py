@@ -132,6 +132,27 @@ def test_every_optimizer_goes_on_from_a_checkpoint(toy_data, tmp_path, optimizer
             fit(4, tmp_path / "step=2.ckpt", "adamw")
 
 
+def test_the_last_checkpoint_is_of_the_last_step_whatever_the_interval(toy_data, tmp_path) -> None:
+    """Lightning's own would be of step 2. From it the run goes on as if it had never ended."""
+
+    def fit(run: str, steps: int, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+        module = BootPIG("toyworld")
+        data = TripletDataModule(str(toy_data / "triplets"), batch_size=2, resolution=64, num_workers=0)
+        keep = ModelCheckpoint(tmp_path / run, every_n_train_steps=2, save_last=True, save_top_k=0)
+        trainer = Trainer(max_steps=steps, **{**QUIET, "enable_checkpointing": True, "callbacks": [keep]})
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        last = torch.load(tmp_path / run / "last.ckpt", weights_only=True)
+        assert last["global_step"] == steps
+        return last["state_dict"]
+
+    expected = fit("whole", 5)
+    fit("parts", 3)
+    found = fit("parts", 5, tmp_path / "parts/last.ckpt")
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["last.ckpt"]
+
+
 @pytest.mark.slow
 def test_checkpoints_hold_what_is_trained_and_where_the_data_stands(uninterrupted) -> None:
     module = BootPIG("toyworld")
