@@ -149,7 +149,7 @@ def test_the_report_shows_planes_and_all_images_side_by_side(finished, tmp_path)
     write_pages(finished, [])
     page, drawn = (tmp_path / "report.html").read_text(), (tmp_path / "plane.svg").read_text()
     assert drawn in page
-    assert page.count("FLOPs until a new subject's first picture") == 2  # over DINO and over CLIP-T
+    assert page.count("FLOPs of tuning and one picture") == 2  # over DINO and over CLIP-T
     for label in (*DINO, "ezigen, equal time", "first photograph, copied", "real photographs"):
         assert f">{label}<" in drawn, label
     (data,) = re.findall(r'\{"methods".*\}', page)

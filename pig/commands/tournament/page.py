@@ -261,12 +261,13 @@ def _cost(value: float | None, factor: float) -> str:
 
 
 def scatter(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> str:
-    """DINO and CLIP-T over what a subject's first picture costs: tuning and drawing. Of equal samples only."""
+    """DINO and CLIP-T over what a subject's first picture costs: tuning (without class pictures) and drawing. Of equal
+    samples only."""
     flops = {row["method"]: row["flops_per_picture"] + (row.get("tuning_flops") or 0) for row in costs}
     shown = [one for one in first if one.budget != plan.TIME and one.name in flops]
     figure = Figure(figsize=(11, 4), layout="constrained")
     for number, score in enumerate(COMPARED, 1):
-        axes = figure.add_subplot(1, 2, number, xlabel="FLOPs until a new subject's first picture", xscale="log")
+        axes = figure.add_subplot(1, 2, number, xlabel="FLOPs of tuning and one picture", xscale="log")
         axes.set_ylabel(TITLES[score])
         axes.grid(color="#e5e5e5")
         axes.margins(0.2)

@@ -53,8 +53,9 @@ def tournament(
             also hours of a GPU, disk and downloads, which takes minutes to count.
         also: folders of images by other programs, `SUBJECT/PROMPT_INDEX/SEED.png`, which join the table.
         executor: `local` starts processes on this machine, `ray` uses the cluster at RAY_ADDRESS (with a shared disk).
-        workers: number of commands that run at the same time. On GPUs each has one; a command that runs alone has all.
-            Durations are comparable only if the commands do not share cores.
+        workers: number of commands that run at the same time. On GPUs each has one; a command that runs alone has all
+            (with Ray only those of `data`, which run on this machine). Durations are comparable only if the commands
+            do not share cores.
         threads: CPU threads of each.
     """
     told = load_config(Path(experiment[0]), experiment[1:])
@@ -74,8 +75,12 @@ def tournament(
     make_folder(told.folder())
     with locked(told.folder()):
         claim_folder(told)
-        run = partial(run_stage, told.folder(), {"executor": executor, "workers": workers, "threads": threads})
-        for name, chains in plan.stages(told, guests).items():
+        how = {"executor": executor, "workers": workers, "threads": threads}
+        run = partial(run_stage, told.folder(), how)
+        stages = plan.stages(told, guests)
+        of_data = stages.pop("data")
+        run_stage(told.folder(), how | {"executor": "local"}, "data", of_data)  # Ray would give it one GPU
+        for name, chains in stages.items():
             run(name, chains)
         choose(told)
         run("training, equal time", plan.trainings(told, plan.TIME))
@@ -210,6 +215,8 @@ def run_step(out: Path, environment: dict[str, str], step: Step) -> None:
     words = list(step.words)
     if step.resume is not None and step.resume.is_file():
         words.append(f"--ckpt_path={step.resume}")
+    if step.words[:2] == ("pig.cli", "tune"):  # which does not go by OMP_NUM_THREADS
+        words.append(f"--threads={environment['OMP_NUM_THREADS']}")
     began = time.perf_counter()
     with log.open("ab") as stream:
         stream.write(f"$ python -m {shlex.join(words)}\n".encode())
@@ -233,9 +240,11 @@ def run_step(out: Path, environment: dict[str, str], step: Step) -> None:
 
 
 def choose(config: Tournament) -> None:
-    """Note each method's best trial."""
+    """Note each method's best trial; of equal ones (DINO may be negative for all), the one with the highest CLIP-T."""
     for name, method in config.methods.items():
         if method.trials:
-            found = {line: selection(result) for line, result in trials_of(config, name).items()}
-            told = {"words": config.split(max(found, key=found.__getitem__)), "trials": found}
+            results = trials_of(config, name)
+            found = {line: selection(result) for line, result in results.items()}
+            best = max(found, key=lambda line: (found[line], results[line].scores["clip_t"]["mean"]))
+            told = {"words": config.split(best), "trials": found}
             write_text(config.folder() / name / plan.CHOSEN, json.dumps(told, indent=1) + "\n")
