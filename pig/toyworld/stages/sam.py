@@ -27,7 +27,7 @@ class SAMStage(Stage):
     the squared error of the predicted IoU. Half of the pictures went through the VAE, as those of the UNet will have.
     """
 
-    steps, batch_size, lr = 6000, 16, 1e-3
+    steps, batch_size, lr = 8000, 16, 1e-3
     size = SamSize(image=SIZE, patch=4, width=96, depth=4, heads=4, prompt_width=64)
     drawn = 24_000
     points = 3  # prompts of one point a picture; the last lies on the background
