@@ -58,7 +58,7 @@ def test_compiled_models_give_the_same() -> None:
 
 
 def test_the_toy_sam_finds_held_out_objects() -> None:
-    """At least 0.85 mean IoU (the card's figure, on 300 scenes, is higher)."""
+    """At least 0.9 mean IoU (on 300 scenes, some of them partial, the card has .908)."""
     sam, overlaps = load_sam("toyworld"), []
     for i in range(40):
         seed = scene.HELD_OUT_SEED + 5000 + i
@@ -68,7 +68,7 @@ def test_the_toy_sam_finds_held_out_objects() -> None:
         box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         found = masks_for(sam, encode(sam, [drawing.image]), (64, 64), box=box)[0].mask
         overlaps.append((found & inside).sum() / (found | inside).sum())
-    assert np.mean(overlaps) > 0.85
+    assert np.mean(overlaps) > 0.9
 
 
 def test_batched_features_are_those_of_the_packages_own_predictor() -> None:
