@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pig.costs import flops_of, machine, peak_memory
 from pig.data.modules import PersonalisationData
-from pig.files import write_text
+from pig.files import make_folder, write_text
 from pig.training.memory import blank_batch, nothing_dropped, on_meta
 from pig.training.module import PersonalisationModule
 
@@ -73,7 +73,9 @@ class Costs(Callback):
                 "peak_memory_bytes": peak_memory(),
                 "machine": machine(),
             }
-            write_text(Path(trainer.default_root_dir) / "cost.json", json.dumps(told, indent=1) + "\n")
+            folder = Path(trainer.default_root_dir)
+            make_folder(folder)  # the first checkpoint makes it later
+            write_text(folder / "cost.json", json.dumps(told, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "samples": self.samples}
