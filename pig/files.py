@@ -6,12 +6,13 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -118,9 +119,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         (aside / "new").mkdir()
         yield aside / "new"
-        if folder.exists():
-            folder.rename(aside / "old")
-        (aside / "new").rename(folder)
+        for number in itertools.count():
+            with suppress(FileNotFoundError):
+                folder.rename(aside / f"old-{number}")
+            try:
+                (aside / "new").rename(folder)
+                break
+            except OSError as error:  # another process has put its own there meanwhile
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
     finally:
         shutil.rmtree(aside)
 
