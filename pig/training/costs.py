@@ -74,7 +74,7 @@ class Costs(Callback):
                 "machine": machine(),
             }
             folder = Path(trainer.default_root_dir)
-            make_folder(folder)  # the first checkpoint makes it later
+            make_folder(folder)  # this may come before all else that is written there
             write_text(folder / "cost.json", json.dumps(told, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:

@@ -145,9 +145,9 @@ def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
     ("found", "best"),
     [
         ([(0.4, 0.4), (0.5, 0.5), (0.6, 0.3)], 1),
-        ([(0.4, 0.4), (0.2, 0.7), (0.1, 0.1)], 0),
+        ([(0.4, 0.4), (0.2, 0.8), (0.1, 0.1)], 1),  # equal to the first one, with the higher CLIP-T
         ([(-0.4, -0.4), (-0.1, 0.9), (0.1, 0.2)], 2),  # a negative score counts as 0
-        ([(-0.4, 0.4), (-0.1, 0.5), (-0.2, 0.3)], 1),  # of equal ones the higher CLIP-T
+        ([(-0.4, 0.4), (-0.1, 0.5), (-0.2, 0.3)], 1),  # all count as 0
     ],
 )
 def test_the_best_trial_is_what_is_drawn_with(tmp_path, found, best) -> None:

@@ -78,8 +78,8 @@ def tournament(
         how = {"executor": executor, "workers": workers, "threads": threads}
         run = partial(run_stage, told.folder(), how)
         stages = plan.stages(told, guests)
-        of_data = stages.pop("data")
-        run_stage(told.folder(), how | {"executor": "local"}, "data", of_data)  # Ray would give it one GPU
+        # On this machine: a worker of Ray would have one GPU, where these commands may use all.
+        run_stage(told.folder(), how | {"executor": "local"}, "data", stages.pop("data"))
         for name, chains in stages.items():
             run(name, chains)
         choose(told)
