@@ -174,7 +174,7 @@ def draw_order(
             drawn: Iterable[Sequence[Job]] = filter(None, execute(make, batches, **how))
         else:
             drawer = Drawer(order, pipeline)
-            if several:
+            if len(batches) > 20:  # on fewer, its trial steps would take a good part of the time
                 announce(drawer, batches[0], chosen, len(todo))
             drawn = map(drawer.draw, batches)
         for batch in track(drawn, f"drawing {out.name}", len(batches), console=console, disable=not several):

@@ -108,9 +108,12 @@ def test_trials_are_as_many_for_each(config, tmp_path) -> None:
         load_config(CONFIG, [*given, "methods.ezigen.trials=[--loops=1]"])
     with pytest.raises(InputError, match="trials need validation"):
         load_config(CONFIG, [*given, "validation=''"])
-    found = words_of(plan.trials(load_config(CONFIG, given)))
-    assert sum("generate" in words for words in found) == 2
+    told = load_config(CONFIG, [*given, "trying=--images_per_prompt=3"])
+    found = words_of(plan.trials(told))
+    assert ["generate" in words for words in found] == [True, False] * 2
     assert all("--subjects=v" in words for words in found)
+    counts = [[word for word in words if "images_per_prompt" in word][-1] for words in found]
+    assert counts == ["--images_per_prompt=3"] * 4
 
 
 AGAIN = ["methods.mean.kind=again", "methods.mean.of=bootpig", "methods.mean.references=[4]", "methods.mean.drawn=--x"]
@@ -209,7 +212,7 @@ def test_methods_join_a_folder_that_is_begun(tmp_path) -> None:
     claim(joins, "claims=[]")
     with pytest.raises(InputError, match="was begun with methods.mine.kind='trained', now it is None"):
         claim()
-    with pytest.raises(InputError, match="was begun with samples=4800, now it is 9600"):
+    with pytest.raises(InputError, match="was begun with samples=3200, now it is 9600"):
         claim(joins, "samples=9600")
     with pytest.raises(InputError, match="was begun with methods.bootpig.common='--image_guidance=3'"):
         claim(joins, "methods.bootpig.common=--image_guidance=4")

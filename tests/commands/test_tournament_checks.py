@@ -163,7 +163,7 @@ def test_a_folder_holds_one_tournament(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     begin()
     begin()
-    with pytest.raises(InputError, match="was begun with samples=4800, now it is 64: give another out=FOLDER"):
+    with pytest.raises(InputError, match="was begun with samples=3200, now it is 64: give another out=FOLDER"):
         begin("samples=64")
     with pytest.raises(InputError, match=r"was begun with seeds=\[0, 1\], now it is \[0\]"):
         begin("seeds=[0]")

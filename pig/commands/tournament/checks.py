@@ -30,8 +30,9 @@ def check_plan(config: Tournament) -> None:
     for name, entry in plan.firsts(config).items():
         trials = config.methods[plan.tried(config, name)].trials or [""]
         given = dict.fromkeys(condition.words for condition in plan.conditions(config, entry))  # of several the same
+        trying = tuple(config.split(config.trying)) if config.methods[name].trials else ()
         for trial, words in product(trials, given):
-            _check_words(config, name, [*plan.words_of(config, name, config.split(trial)), *words])
+            _check_words(config, name, [*plan.words_of(config, name, config.split(trial)), *trying, *words])
 
 
 def check_inputs(config: Tournament) -> None:

@@ -96,6 +96,7 @@ class Tournament:
         same_time: whether each is also trained for as long as `against` took for its samples.
         seeds: of training and tuning.
         fit, drawing: words of every `fit` and of every `generate`; a method's own words override them.
+        trying: words of the trials' `generate` alone, such as fewer images.
         scoring: words of every `evaluate`; they override `scorer`.
         against: the method that all others are compared with.
         claims: to be tested by what is found.
@@ -115,6 +116,7 @@ class Tournament:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     fit: str = ""
     drawing: str = ""
+    trying: str = ""
     scoring: str = ""
     against: str = "bootpig"
     methods: dict[str, Method] = field(default_factory=dict)
@@ -148,8 +150,8 @@ class Tournament:
         given = last([*self.split(self.drawing), *words], flag)
         return int(given) if given is not None and given.isdigit() else default
 
-    def images_per_prompt(self) -> int:
-        return self.number("images_per_prompt", Output.images_per_prompt)
+    def images_per_prompt(self, words: Sequence[str] = ()) -> int:
+        return self.number("images_per_prompt", Output.images_per_prompt, words)
 
     def batch_size(self, method: Method) -> int:
         """Samples of a step, by the words of `fit` or `tune`, or else the config."""
@@ -199,7 +201,7 @@ def _check(config: Tournament) -> None:
     if not Path(config.scorer).is_file():
         raise InputError(f"scorer={config.scorer}: no such file")
     check_ranges(samples=(config.samples, 1, 10**12))
-    for line in (*config.data, config.fit, config.drawing, config.scoring):
+    for line in (*config.data, config.fit, config.drawing, config.trying, config.scoring):
         config.split(line)
     if not config.seeds or not config.references:
         raise InputError("references and seeds must each name one")

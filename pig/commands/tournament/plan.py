@@ -248,7 +248,7 @@ def trials(config: Tournament) -> list[Chain]:
         condition = Condition("", config.path(config.validation), conditions(config, entry)[0].words)
         for number, line in enumerate(method.trials):
             folder = trial_folder(config, name, number)
-            words = words_of(config, name, config.split(line))
+            words = [*words_of(config, name, config.split(line)), *config.split(config.trying)]
             found.append(list(drawn_and_scored(config, model, folder, condition, words, f"{name}, trial {number}")))
     return found
 
@@ -267,16 +267,16 @@ def drawn_and_scored(
     partial = condition.subjects == config.path(config.partial)
     subjects = config.path(config.subjects) if partial else condition.subjects
     told = [f"--images={images}", f"--subjects={subjects}", f"--out={folder / 'scores' / condition.slug}"]
-    yield Step(f"{step}/score_{condition.slug}", (*scorer(config), *told, f"--name={name}"))
+    yield Step(f"{step}/score_{condition.slug}", (*scorer(config, words), *told, f"--name={name}"))
 
 
 def prompts_of(config: Tournament) -> list[str]:
     return [f"--prompts={config.path(config.prompts)}"] if config.prompts else []
 
 
-def scorer(config: Tournament) -> list[str]:
-    """The command that scores, but for what and whereto."""
-    count = f"--images_per_prompt={config.images_per_prompt()}"
+def scorer(config: Tournament, words: Sequence[str] = ()) -> list[str]:
+    """The command that scores, but for what and whereto. words: that the images were drawn with."""
+    count = f"--images_per_prompt={config.images_per_prompt(words)}"
     given = (*prompts_of(config), count, *config.split(config.scoring))
     return ["pig.cli", "evaluate", f"--config={config.scorer}", *given]
 

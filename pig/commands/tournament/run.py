@@ -98,7 +98,7 @@ def claim_folder(config: Tournament) -> None:
     """
     told = asdict(config)
     del told["claims"]
-    lines = [*config.data, config.scorer, config.prompts, config.fit, config.drawing, config.scoring]
+    lines = [*config.data, config.scorer, config.prompts, config.fit, config.drawing, config.trying, config.scoring]
     for one in config.methods.values():
         lines += [one.config, one.words, one.drawn, one.common, *one.trials]
     named = sorted({Path(word.rpartition("=")[2]) for line in lines for word in config.split(line)})
