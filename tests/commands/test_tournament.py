@@ -47,7 +47,7 @@ def test_all_are_trained_on_the_same(config) -> None:
         assert len(of_seed) == 4
         assert shared == {
             (
-                *("pig.cli", "fit", f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.max_steps=300"),
+                *("pig.cli", "fit", f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.max_steps=200"),
                 "--trainer.limit_val_batches=0",
             )
         }
