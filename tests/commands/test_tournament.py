@@ -96,6 +96,16 @@ def test_all_are_drawn_and_scored_alike(config, tmp_path) -> None:
     }
 
 
+def test_other_conditions_may_have_fewer_training_seeds(config) -> None:
+    def drawn() -> dict[int, int]:
+        return {one.seed: len(plan.conditions(config, one)) for one in plan.entries(config) if one.method == "bootpig"}
+
+    config.partial, config.condition_seeds = "p", 0
+    assert drawn() == {0: 5, 1: 5}
+    config.condition_seeds = 1
+    assert drawn() == {0: 5, 1: 1}
+
+
 def test_equal_time_is_that_of_the_one_that_all_are_compared_with(config) -> None:
     steps = {one.method: plan.steps_of(config, one) for one in plan.entries(config) if one.budget == plan.TIME}
     assert steps == {"ezigen": 150, "instantbooth": 100, "ip_adapter": 75}

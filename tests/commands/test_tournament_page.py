@@ -63,6 +63,7 @@ def finished(tmp_path) -> Tournament:
     told = load_config(CONFIG, [f"out={tmp_path}", "references=[1]", "partial=''", *without_trials()])
     told.methods = {name: told.methods[name] for name in DINO}
     told.claims = [Claim("me", "references help", "bootpig", "base"), Claim("me", "or not", "base", "ezigen")]
+    told.claims.append(Claim("me", "guidance", "bootpig", "bootpig, 1 whole picture, common guidance"))
     for one in plan.entries(told):
         for condition in plan.conditions(told, one):
             write_result(one.folder / "scores" / condition.slug, one.method, DINO[one.method] + 0.2 * one.seed)
@@ -107,11 +108,14 @@ def test_the_tables_say_what_was_found(finished, tmp_path) -> None:
     assert gaps["ezigen"][0] == "-.200 [-.200, -.200]"
     kinds = [line for line in page.splitlines() if line.startswith(("| accessory | bootpig", "| scene | bootpig"))]
     assert [line.split("|")[3].strip() for line in kinds] == [".600", ".700"]
-    assert "| bootpig | 1 whole picture, common guidance |" in page
+    # The first training seed alone, with which both were drawn.
+    for given in ("1 whole picture", "1 whole picture, common guidance"):
+        assert f"| bootpig | {given} | .550 [.550, .550] |" in page
 
     claims = table_of(page, "Claims")
     assert (claims["references help"][0], claims["references help"][1]) == ("cannot be told", "+.600 [+.600, +.600]")
     assert claims["or not"][1] == "-.400 [-.400, -.400]"
+    assert claims["guidance"][0] == "the same images"  # not with a second seed on one side
 
 
 def test_the_ledger_says_what_it_cost(finished, tmp_path) -> None:

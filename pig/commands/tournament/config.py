@@ -90,6 +90,7 @@ class Tournament:
         partial: a second folder of the same subjects: of each four pictures three show a part, the last one all. Empty:
             none.
         references: how many pictures the trained methods are given; each number is drawn and scored.
+        condition_seeds: with how many of the training seeds the conditions but a method's first are drawn; 0: with all.
         base: the base model, as `generate --model` takes it.
         scorer: a config of `evaluate`.
         samples: that each method is trained on.
@@ -109,6 +110,7 @@ class Tournament:
     prompts: str = ""
     partial: str = ""
     references: list[int] = field(default_factory=lambda: [1, 4])
+    condition_seeds: int = 0
     base: str = MISSING
     scorer: str = MISSING
     samples: int = MISSING
@@ -200,7 +202,7 @@ def _check(config: Tournament) -> None:
         raise InputError(f"base={config.base}: give it as `generate --model` takes a base model, base:NAME")
     if not Path(config.scorer).is_file():
         raise InputError(f"scorer={config.scorer}: no such file")
-    check_ranges(samples=(config.samples, 1, 10**12))
+    check_ranges(samples=(config.samples, 1, 10**12), condition_seeds=(config.condition_seeds, 0, 10**6))
     for line in (*config.data, config.fit, config.drawing, config.trying, config.scoring):
         config.split(line)
     if not config.seeds or not config.references:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +24,7 @@ from pig.commands.tournament.standings import (
     judge,
     ledger,
     main_standings,
+    of_shared_seeds,
     ranks,
     read_standings,
     trials_of,
@@ -145,7 +147,10 @@ CLAIMS = (
     "Each difference is paired by subject; p: signs flipped at random, corrected by Holm for the number of claims. A "
     "claim holds, or does not hold (the difference has the other sign), where p is below .05; else it cannot be told."
 )
-CONDITIONS = "What each was given; a partial picture shows a part of the subject."
+CONDITIONS = (
+    "What each was given; a partial picture shows a part of the subject. Of each method the mean over those training "
+    "seeds that were drawn under all its conditions."
+)
 GAPS = (
     "Paired by subject; each to the scores under the same condition, where there are any. p: signs flipped at random, "
     "corrected by Holm for the number of rows."
@@ -227,14 +232,14 @@ def kinds_table(found: Findings) -> Table:
 
 
 def conditions_table(standings: Sequence[Standing]) -> Table:
-    rows = [
-        (
-            "all",
-            [one.name, one.condition, *(with_interval(list(one.per_subject(score).values())) for score in COMPARED)],
-        )
-        for one in standings
-        if one.condition
-    ]
+    of: dict[str, list[Standing]] = {}
+    for one in standings:
+        if one.condition:
+            of.setdefault(one.name, []).append(one)
+    rows = []
+    for one in chain.from_iterable(map(of_shared_seeds, of.values())):
+        cells = [with_interval(list(one.per_subject(score).values())) for score in COMPARED]
+        rows.append(("all", [one.name, one.condition, *cells]))
     return Table(["", "given", *(TITLES[score] for score in COMPARED)], rows)
 
 

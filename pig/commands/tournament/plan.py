@@ -109,7 +109,8 @@ def conditions(config: Tournament, entry: Entry) -> list[Condition]:
     counts = method.references or config.references
     of = [(count, (f"--references_per_subject={count}",)) for count in counts]
     found = [Condition(pictures(count, "whole"), subjects, words) for count, words in of]
-    if entry.budget == TIME:
+    seeds = config.seeds_of(entry.method)
+    if entry.budget == TIME or entry.seed not in seeds[: config.condition_seeds or None]:
         return found[:1]
     if config.partial:
         found += [Condition(pictures(count, "partial"), config.path(config.partial), words) for count, words in of]

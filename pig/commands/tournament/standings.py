@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,6 +89,12 @@ def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]
     return found
 
 
+def of_shared_seeds(standings: Sequence[Standing]) -> list[Standing]:
+    """Conditions of one method and budget, each with the results of the training seeds that all of them have."""
+    count = min(len(one.results) for one in standings)
+    return [replace(one, results=one.results[:count]) for one in standings]
+
+
 def main_standings(standings: Sequence[Standing]) -> list[Standing]:
     """Of each method and budget the first condition."""
     firsts: dict[tuple[str, str], Standing] = {}
@@ -136,6 +142,8 @@ def gaps(against: Sequence[Standing], others: Sequence[Standing], score: str) ->
 
 
 def _difference(name: str, one: Standing, other: Standing, score: str, kind: str = "") -> Difference | None:
+    if (one.method, one.budget) == (other.method, other.budget):
+        one, other = of_shared_seeds([one, other])
     high, low = (standing.per_subject(score, kind) for standing in (one, other))
     pairs = [high[subject] - low[subject] for subject in high if subject in low]
     return difference(name, score, pairs) if pairs else None
