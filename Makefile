@@ -91,6 +91,7 @@ toyworld-weights: .venv/.ready ## train the embedded models again from nothing (
 	for method in bootpig ezigen instantbooth ip_adapter; do \
 		run=runs/toyworld/$$method; last=$$run/fit/checkpoints/last.ckpt; mkdir -p $$run && ln -sfn ../data $$run/data; \
 		$(BIN)/python -m pig.cli fit --config configs/$$method/toyworld.yaml --run $$run --trainer.limit_val_batches 0 \
+			--trainer.max_steps 200 \
 			$$([ -f $$last ] && echo --ckpt_path $$last) && \
 		$(BIN)/python -m pig.cli export --checkpoint $$last --delta --half --out pig/toyworld/weights/$$method || exit 1; \
 	done

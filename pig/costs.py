@@ -28,6 +28,13 @@ SD21 = {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
+# Its VAE.
+SD21_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 
 
 def flops_of(work: Callable[[], Any]) -> int:
@@ -42,6 +49,12 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory() -> None:
+    """Begin anew, on a GPU. A process cannot lower the peak that the system has noted of it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def machine() -> str:

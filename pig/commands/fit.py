@@ -51,11 +51,13 @@ class Parser(PlainErrors, LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """LightningCLI in subclass mode with the omegaconf parser, so that configs may interpolate."""
+    """LightningCLI in subclass mode with the omegaconf parser, so that configs may interpolate. built: whether model,
+    data and trainer are made, or the arguments only read and checked."""
 
     description = "Train, validate, test or predict. " + OVERRIDES
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, built: bool = True) -> None:
+        self.built = built
         words = sys.argv[1:] if args is None else args
         refuse_empty(words, "--run", "--out", "--subjects", "--ckpt_path")
         for config in values_of(words, "--config", "-c"):
@@ -83,6 +85,8 @@ class CLI(LightningCLI):
         Raises:
             InputError: names all inputs of a training that are not there, not the first one only.
         """
+        if not self.built:
+            return
         missing = missing_inputs(self.config["fit"]) if self.config.get("subcommand") == "fit" else []
         try:
             super().instantiate_classes()
@@ -95,6 +99,10 @@ class CLI(LightningCLI):
                 raise
         if len(missing) > 1:
             raise InputError("\n  ".join([f"{len(missing)} inputs of this experiment are not there:", *missing]))
+
+    def _set_seed(self) -> None:
+        if self.built:
+            super()._set_seed()
 
     def instantiate_trainer(self, **more: Any) -> Trainer:
         """

@@ -45,14 +45,12 @@ console = Console()
 
 
 class TuneCLI(CLI):
-    """The experiment of a config and its overrides, without a run of its own. built: whether model, data and trainer
-    are made, or only the arguments read."""
+    """The experiment of a config and its overrides, without a run of its own."""
 
     description = "Tune one model for each subject of a folder. " + OVERRIDES
 
     def __init__(self, args: Sequence[str], *, built: bool) -> None:
-        self.built = built
-        super().__init__(args, run=False)
+        super().__init__(args, run=False, built=built)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -67,10 +65,6 @@ class TuneCLI(CLI):
             parser.add_argument(name, type=kind, default=default, help=told)
         out = "folder for the results, SUBJECT/step-000250/; finished subjects are skipped"
         parser.add_argument("--out", required=True, help=out)
-
-    def instantiate_classes(self) -> None:
-        if self.built:
-            super().instantiate_classes()
 
     def experiment(self) -> dict[str, Any]:
         """What decides the weights: all settings but those of place."""

@@ -12,13 +12,20 @@ UPPER = 0.975  # the upper end of a 95 % interval, as a quantile
 FEW = 10  # subjects, below which the bootstrap has too few values to draw from
 
 
+def expanded_level(n: int) -> float:
+    """The share that percentiles of bootstrapped means of n values must span for a 95 % interval (Hesterberg 2015,
+    "What Teachers Should Know About the Bootstrap", section 4.4): they make up for the bootstrap's deviation being
+    sqrt(1 - 1/n) too small. n: at least 2."""
+    t = float(stats.t.ppf(UPPER, n - 1))
+    return 1 - 2 * float(stats.norm.cdf(-t * (n / (n - 1)) ** 0.5))
+
+
 def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
     """95 % interval of the mean over subjects.
 
-    From 10 subjects on a cluster bootstrap (10,000 draws of whole subjects) with expanded percentiles (Hesterberg 2015,
-    "What Teachers Should Know About the Bootstrap", section 4.4), which make up for the bootstrap's deviation being
-    sqrt(1 - 1/n) too small; below that Student's t. Plain percentiles cover .85 instead of .95 with 5 subjects. Of one
-    subject nothing can be said: the mean twice.
+    From 10 subjects on a cluster bootstrap (10,000 draws of whole subjects) with percentiles of `expanded_level`; below
+    that Student's t. Plain percentiles cover .85 instead of .95 with 5 subjects. Of one subject nothing can be said:
+    the mean twice.
 
     values: of each subject; also a paired difference of each. weights: how much each subject counts, alike by default.
     """
@@ -27,8 +34,8 @@ def interval(values: Sequence[float], weights: Sequence[float] | None = None) ->
     n = len(of)
     if n < 2 or error == 0:
         return mean, mean
-    t = float(stats.t.ppf(UPPER, n - 1))
     if n < FEW:
+        t = float(stats.t.ppf(UPPER, n - 1))
         return mean - t * error, mean + t * error
 
     def mean_of(products: NDArray[np.float64], counts: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
@@ -39,7 +46,7 @@ def interval(values: Sequence[float], weights: Sequence[float] | None = None) ->
         mean_of,
         paired=True,
         n_resamples=10_000,
-        confidence_level=1 - 2 * float(stats.norm.cdf(-t * (n / (n - 1)) ** 0.5)),
+        confidence_level=expanded_level(n),
         method="percentile",
         rng=0,
     ).confidence_interval

@@ -63,6 +63,11 @@ class SubjectPipeline(EncodingPipeline):
         raise NotImplementedError
 
     @classmethod
+    def further_models(cls, base: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Hub ids of the models that drawing loads besides the model's own parts."""
+        return ()
+
+    @classmethod
     def check_prompt(cls, prompt: str, noun: str, settings: Any) -> None:
         """Refuse a prompt that the method cannot draw for this class noun; `generate` asks before anything long."""
 

@@ -10,20 +10,25 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pig.costs import flops_of, machine, peak_memory
+from pig.costs import flops_of, forget_peak_memory, machine, peak_memory
 from pig.data.modules import PersonalisationData
 from pig.files import make_folder, write_text
 from pig.training.memory import blank_batch, nothing_dropped, on_meta
 from pig.training.module import PersonalisationModule
+from pig.training.tuned import TunedModule
 
 
 def flops_per_sample(module: PersonalisationModule, data: PersonalisationData) -> int:
-    """Of a sample's forward and backward passes and its encoding; counted on the meta device, nothing is computed."""
+    """Of a sample's forward and backward passes and, where each is encoded anew, its encoding; counted on the meta
+    device, nothing is computed."""
     _ = module.encoders_digest  # of the weights themselves
     with on_meta(module), nothing_dropped(module), torch.compiler.set_stance("force_eager"):
         module.float()  # autocast, which lets frozen weights be of another precision, does not reach the meta device
         batch = blank_batch(module, data, 1)
-        return flops_of(lambda: module.losses(batch, training=True)[0].mean().backward())
+        flops = flops_of(lambda: module.losses(batch, training=True)[0].mean().backward())
+        if isinstance(module, TunedModule):  # which has encoded its few pictures before the first step
+            flops -= flops_of(lambda: module.latents_of(batch))
+        return flops
 
 
 class Costs(Callback):
@@ -40,6 +45,7 @@ class Costs(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PersonalisationModule)
         self.flops = flops_per_sample(pl_module, trainer.datamodule)
+        forget_peak_memory()  # of what came before, such as class pictures
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._since = self._since or time.perf_counter()  # a validation or a checkpoint has stopped the clock

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 
+from pig.costs import flops_of
 from pig.data.images import save_picture
 from pig.data.schema import Batch
 from pig.data.subject_training import ClassPictures, SubjectDataModule, SubjectDataset, class_prompt
@@ -25,7 +28,7 @@ from pig.sampling.text import TextPipeline
 from pig.training.module import PersonalisationModule
 from pig.training.optimizers import OptimizerName
 
-TOLD = "class.json"  # beside the class pictures: the settings that they were drawn with
+TOLD = "class.json"  # beside the class pictures
 TOGETHER = 8  # class pictures that are drawn at a time; a fixed number, since a picture's rounding depends on it
 
 
@@ -81,7 +84,8 @@ class TunedModule(PersonalisationModule):
         data: SubjectDataModule = self.trainer.datamodule
         if data.prior is not None:
             if self.trainer.is_global_zero:
-                draw_class_pictures(self.base, data.subject.class_noun, data.prior, self.own_settings, self.device)
+                noun, settings = data.subject.class_noun, self.own_settings
+                draw_class_pictures(self.base, self._origin, noun, data.prior, settings, self.device)
             self.trainer.strategy.barrier()
         dataset: SubjectDataset = data.train_dataloader().dataset
         for key, picture in dataset.pictures.items():
@@ -138,11 +142,12 @@ class TunedModule(PersonalisationModule):
 
 
 def draw_class_pictures(
-    base: str, noun: str, wanted: ClassPictures, settings: Mapping[str, Any], device: torch.device
+    base: str, digest: str, noun: str, wanted: ClassPictures, settings: Mapping[str, Any], device: torch.device
 ) -> None:
     """Draw the pictures of a class that are not there yet, by the base model as it is. One process draws at a time.
+    `class.json` beside them says how they were drawn and what all of them cost: FLOPs and seconds.
 
-    settings: those of the model in tuning; its guidance is taken.
+    digest: of the base model. settings: those of the model in tuning; its guidance is taken.
 
     Raises:
         InputError: the folder holds pictures by another base model, or other settings.
@@ -151,36 +156,47 @@ def draw_class_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=True):
         missing = [number for number, file in enumerate(wanted.files(noun)) if not is_whole(file)]
-        how = {"prompt": class_prompt(noun), "steps": wanted.steps, "text_guidance": settings.get("text_guidance")}
-        told = read_json(folder / TOLD, "") if (folder / TOLD).is_file() else None
-        if not missing and told and all(told.get(name) == value for name, value in {**how, "base": base}.items()):
-            return
-        backbone = load_backbone(base)  # the module's own is tuned already where a run goes on
-        how |= {"base_digest": base_digest(backbone)}
-        _claim(folder, told, how, base)
+        how = {
+            **{"prompt": class_prompt(noun), "steps": wanted.steps, "text_guidance": settings.get("text_guidance")},
+            "base_digest": digest,
+        }
+        _claim(folder, how, base)
         starts = sorted({number // TOGETHER * TOGETHER for number in missing})
         if not starts:
             return
+        backbone = load_backbone(base)  # the module's own is tuned already where a run goes on
         rank_zero_info(f"{noun}: {len(missing)} class pictures to draw, into {folder}")
         own = {name: value for name, value in settings.items() if name == "text_guidance"}
         pipeline = TextPipeline.from_backbone(backbone, base=base, settings=own).to(device, half_on(device.type))
         pipeline.set_progress_bar_config(disable=True)
-        for start in track(starts, f"class pictures of {noun}", transient=True):
-            numbers = range(start, min(start + TOGETHER, wanted.count))
+
+        def draw(numbers: range, steps: int) -> Any:
             generators = [torch.Generator().manual_seed(number) for number in numbers]
-            drawn = pipeline(
+            return pipeline(
                 class_prompt(noun),
                 num_images_per_prompt=len(numbers),
                 generator=generators,
-                num_inference_steps=wanted.steps,
-            )
-            for number, picture in zip(numbers, drawn.images, strict=True):
+                num_inference_steps=steps,
+            ).images
+
+        few, more = (flops_of(partial(draw, range(1), steps)) for steps in (1, 2))
+        began, count = time.perf_counter(), 0
+        for start in track(starts, f"class pictures of {noun}", transient=True):
+            numbers = range(start, min(start + TOGETHER, wanted.count))
+            count += len(numbers)
+            for number, picture in zip(numbers, draw(numbers, wanted.steps), strict=True):
                 if number in missing:
                     save_picture(wanted.files(noun)[number], picture)
+        cost = {
+            "flops": wanted.count * (few + (wanted.steps - 1) * (more - few)),
+            "seconds": (time.perf_counter() - began) / count * wanted.count,
+        }
+        write_text(folder / TOLD, json.dumps({**how, "base": base, **cost}, indent=1) + "\n")
 
 
-def _claim(folder: Path, told: Mapping[str, Any] | None, how: Mapping[str, Any], base: str) -> None:
+def _claim(folder: Path, how: Mapping[str, Any], base: str) -> None:
     """Refuse a folder whose pictures were drawn with other settings; note the settings in an empty one."""
+    told = read_json(folder / TOLD, "") if (folder / TOLD).is_file() else None
     if told is None:
         if any(folder.glob("*.png")):
             raise InputError(f"{folder} holds pictures, but no {TOLD}: give another data.prior.folder, or empty it")

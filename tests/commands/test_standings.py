@@ -116,6 +116,20 @@ def test_ranks_know_what_they_do_not_know() -> None:
     assert twice == {"best": (1, 1, 1), "low": (2, 2, 2), "again": (2, 2, 2)}
 
 
+def test_two_are_compared_over_the_training_seeds_that_both_have(tmp_path) -> None:
+    config = load_config(CONFIG, [f"out={tmp_path}"])
+    config.claims = [CLAIM]
+    high = [value + 0.4 for value in LOW]
+    two = replace(standing("ezigen", LOW, high), seeds=(0, 1))
+    one, base = replace(standing("bootpig", LOW), seeds=(0,)), standing("base", LOW)
+    (same,) = judge(config, [two, one])
+    assert same.verdict == "the same images"  # not with the second seed of the one
+    (gap,) = gaps([two], [base], "dino")
+    assert gap.mean == pytest.approx(-0.2)  # to both seeds: the base model has none
+    (gap,) = gaps([replace(two, seeds=(0, 1))], [replace(one, seeds=(7,))], "dino")
+    assert gap.mean == pytest.approx(-0.2)  # no seed is shared
+
+
 def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
     config = load_config(CONFIG, [f"out={tmp_path}", "seeds=[0]"])
     drawn = {"dreambooth": ["--step=50"], "dreamblend": ["--early=50", "--late=100"]}
@@ -123,7 +137,7 @@ def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
     models = tmp_path / "dreambooth/tuned/0/models"
     for subject in ("boat_000", "mug_001"):
         (models / subject / "step-000200").mkdir(parents=True)
-        told = {"samples": 400, "seconds": 60.0, "flops_per_sample": 10, "peak_memory_bytes": 1}
+        told = {"samples": 400, "seconds": 60.0, "flops_per_sample": 10, "peak_memory_bytes": 1, "machine": "a"}
         (models / subject / plan.COST).write_text(json.dumps(told))
     for name, words in drawn.items():
         (tmp_path / name).mkdir(exist_ok=True)
@@ -136,7 +150,11 @@ def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
         }
         (tmp_path / name / "picture.json").write_text(json.dumps(picture))
         (tmp_path / name / plan.CHOSEN).write_text(json.dumps({"words": words}))
+    for noun, flops in (("boat", 100), ("mug", 300)):
+        (tmp_path / "class_pictures" / noun).mkdir(parents=True)
+        (tmp_path / "class_pictures" / noun / "class.json").write_text(json.dumps({"flops": flops, "seconds": 1.5}))
     rows = ledger(config)
+    assert [(row["class_flops"], row["class_seconds"], row["machines"]) for row in rows] == [(200, 1.5, ["a"])] * 2
     assert [(row["tuning_samples"], row["tuning_seconds"]) for row in rows] == [(100, 15), (200, 30)]
     assert [row["trained_weights"] for row in rows] == [7, 7]  # DreamBlend has none of its own, and draws with these
 
@@ -213,7 +231,7 @@ data:
   - data_gen triplets --out {{out}}/data/triplets --count 96
   - data_gen triplets --out {{out}}/data/val --count 8 --first_seed 1100000000
   - data_gen subjects --out {{out}}/data/subjects --count 2
-  - data_gen subjects --out {{out}}/data/validation --count 1
+  - data_gen subjects --out {{out}}/data/validation --count 1 --first 1000
 subjects: "{{out}}/data/subjects"
 validation: "{{out}}/data/validation"
 partial: "{{out}}/data/subjects"

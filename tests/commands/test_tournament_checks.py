@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from tournaments import CLAIMS, CONFIG
 
+from data_gen.toyworld import draw_subjects
 from pig import cli
-from pig.commands.tournament.checks import check_inputs, check_plan
+from pig.commands.tournament import run
+from pig.commands.tournament.checks import check_inputs, check_plan, check_subjects
 from pig.commands.tournament.config import load_config
 from pig.commands.tournament.run import claim_folder
 from pig.errors import InputError
@@ -137,6 +139,36 @@ def test_words_that_generate_will_not_take(tmp_path, given, message) -> None:
         cli.run(["tournament", str(CONFIG), "--dry_run", f"out={tmp_path / 'out'}", *given])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("data=[data_gen subjects --owt=x]", "data, python -m data_gen subjects --owt=x: .*did you mean --out"),
+        ("methods.ezigen.words=--trainer.max_stepz=1", "training, equal samples, .*max_stepz"),
+        ("methods.textual_inversion.words=--model.lrr=1e-2", "tuning, python -m pig.cli tune .*lrr"),
+        ("scoring=--segmeter=sam", "python -m pig.cli evaluate .*did you mean --segmenter"),
+    ],
+)
+def test_words_that_other_commands_will_not_take(tmp_path, given, message) -> None:
+    with pytest.raises(InputError, match=message):
+        cli.run(["tournament", str(CONFIG), "--dry_run", f"out={tmp_path / 'out'}", given])
+
+
+def test_subjects_that_cannot_serve(tmp_path, toy_data) -> None:
+    def check(*given: str) -> None:
+        subjects = f"subjects={toy_data / 'subjects'}"
+        check_subjects(load_config(CONFIG, [f"out={tmp_path}", subjects, "partial=''", *given]))
+
+    draw_subjects(tmp_path / "others", 2, 64, first=1000)
+    others = f"validation={tmp_path / 'others'}"
+    check(others)
+    with pytest.raises(InputError, match="settings must be chosen on other subjects"):
+        check(f"validation={toy_data / 'subjects'}")
+    with pytest.raises(InputError, match=f"partial={tmp_path / 'others'} must hold the subjects of"):
+        check(others, f"partial={tmp_path / 'others'}")
+    with pytest.raises(InputError, match="references=9: .* has only"):
+        check(others, "references=[1, 9]")
+
+
 @pytest.mark.parametrize("key", ["prompts", "subjects", "validation", "partial"])
 def test_inputs_that_nobody_makes(tmp_path, key) -> None:
     with pytest.raises(InputError, match="nowhere"):
@@ -153,7 +185,7 @@ def test_bad_input(tmp_path) -> None:
         cli.run(["tournament", str(CONFIG), f"out={tmp_path / 'file'}", "--dry_run"])
 
 
-def test_a_folder_holds_one_tournament(tmp_path) -> None:
+def test_a_folder_holds_one_tournament(tmp_path, monkeypatch) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(Path("configs/bootpig/toyworld.yaml").read_text())
 
@@ -168,6 +200,10 @@ def test_a_folder_holds_one_tournament(tmp_path) -> None:
     with pytest.raises(InputError, match=r"was begun with seeds=\[0, 1\], now it is \[0\]"):
         begin("seeds=[0]")
     begin(claims())  # which change nothing that is made
+    with monkeypatch.context() as machine:
+        machine.setattr(run, "fast_precision", lambda: "64-true")
+        with pytest.raises(InputError, match="now it is '64-true'"):
+            begin()
     mine.write_text(mine.read_text().replace("lr_rsa", "lr_all"))
     with pytest.raises(InputError, match="was begun with contents.*mine.yaml='"):
         begin()

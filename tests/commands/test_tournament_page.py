@@ -68,6 +68,7 @@ def finished(tmp_path) -> Tournament:
         for condition in plan.conditions(told, one):
             write_result(one.folder / "scores" / condition.slug, one.method, DINO[one.method] + 0.2 * one.seed)
         cost = {"samples": 4800, "seconds": 120.0, "flops_per_sample": 10**9, "peak_memory_bytes": 2 * 10**9}
+        cost["machine"] = "a"
         if told.methods[one.method].kind == "trained":
             write_json(one.folder / "fit" / plan.COST, cost)
         elif told.methods[one.method].kind == "tuned":
@@ -106,6 +107,9 @@ def test_the_tables_say_what_was_found(finished, tmp_path) -> None:
     gaps = table_of(page, "Differences to bootpig")
     assert set(gaps) == {"", "ezigen", "ezigen, equal time", "dreambooth", "base"}
     assert gaps["ezigen"][0] == "-.200 [-.200, -.200]"
+    gaps = table_of(page, "Differences to bootpig under other conditions")
+    assert gaps["ezigen, 1 whole picture, common guidance"][0] == "-.200 [-.200, -.200]"
+    assert len(gaps) == 2
     kinds = [line for line in page.splitlines() if line.startswith(("| accessory | bootpig", "| scene | bootpig"))]
     assert [line.split("|")[3].strip() for line in kinds] == [".600", ".700"]
     # The first training seed alone, with which both were drawn.
@@ -153,7 +157,7 @@ def test_the_report_shows_planes_and_all_images_side_by_side(finished, tmp_path)
     write_pages(finished, [])
     page, drawn = (tmp_path / "report.html").read_text(), (tmp_path / "plane.svg").read_text()
     assert drawn in page
-    assert page.count("FLOPs of tuning and one picture") == 2  # over DINO and over CLIP-T
+    assert page.count("FLOPs of tuning, class pictures and one picture") == 2  # over DINO and over CLIP-T
     for label in (*DINO, "ezigen, equal time", "first photograph, copied", "real photographs"):
         assert f">{label}<" in drawn, label
     (data,) = re.findall(r'\{"methods".*\}', page)

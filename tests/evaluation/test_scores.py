@@ -9,7 +9,7 @@ from PIL import Image
 
 from pig.data.subjects import prompt_kind
 from pig.evaluation.metrics import SubjectFidelity, SubjectMean
-from pig.evaluation.statistics import interval, sign_flip_p
+from pig.evaluation.statistics import expanded_level, interval, sign_flip_p
 from pig.toyworld import scene
 
 
@@ -36,6 +36,12 @@ def test_score_networks_tell_subjects_and_prompts_apart(toy_data, clip, dino) ->
     found = (clip.images([row[0] for row in rows]) @ texts.T).argmax(1)
     wanted = [list(scene.BACKGROUNDS).index(scene.training_background("mug", number)) for number in range(24)]
     assert (found == torch.tensor(wanted)).float().mean() > 0.95
+
+
+def test_percentiles_are_expanded() -> None:
+    """To Phi(-t sqrt(n / (n - 1))) at either end: of 12, t = 2.201 and Phi(-2.299) = .0108, in place of .025."""
+    assert (1 - expanded_level(12)) / 2 == pytest.approx(0.0108, abs=1e-4)
+    assert expanded_level(10_000) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_intervals_resample_subjects() -> None:

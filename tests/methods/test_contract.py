@@ -28,7 +28,7 @@ from pig.errors import InputError
 from pig.evaluation.benchmark import Photographs, evaluate
 from pig.methods import METHODS, load_module, load_pipeline, pipeline_class
 from pig.methods.dreambooth.pipeline import DreamBoothSettings
-from pig.models.backbone import SCHEDULERS, load_backbone
+from pig.models.backbone import SCHEDULERS, base_digest, load_backbone
 from pig.sampling.pipeline import SubjectPipeline
 from pig.training.memory import memory_table
 from pig.training.module import PersonalisationModule
@@ -70,7 +70,9 @@ def data_of(toy_data: Path, method: str) -> PersonalisationData:
         size = 2 if prior else 4
         if prior:
             told = {"text_guidance": DreamBoothSettings.text_guidance}
-            draw_class_pictures("toyworld", "mug", prior, told, torch.device("cpu"))
+            draw_class_pictures(
+                "toyworld", base_digest(load_backbone("toyworld")), "mug", prior, told, torch.device("cpu")
+            )
         return SubjectDataModule(str(toy_data / "subjects/mug_006"), resolution=64, batch_size=size, prior=prior)
     seen = ReferenceAugmentation(background="black") if method == "instantbooth" else None
     return TripletDataModule(str(toy_data / "triplets"), batch_size=4, resolution=64, num_workers=0, augmentation=seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,22 @@ from pig.errors import InputError
 from pig.methods import load_pipeline
 from pig.methods.dreambooth.module import DreamBooth
 from pig.methods.dreambooth.pipeline import DreamBoothPipeline
-from pig.models.backbone import align, load_backbone
+from pig.models.backbone import align, base_digest, load_backbone
 from pig.models.encoders import tokenize
 from pig.models.lora import Lora
 from pig.models.names import WEIGHTS
 from pig.sampling.delta import save_delta
-from pig.training.tuned import draw_class_pictures
+from pig.training.tuned import TOLD, draw_class_pictures
 
 PROMPT = "a photo of a sks mug, on a beach"
 SETTINGS = {"text_guidance": 3.0}
+DIGEST = base_digest(load_backbone("toyworld"))
 
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory) -> ClassPictures:
     wanted = ClassPictures(str(tmp_path_factory.mktemp("class")), count=3, steps=2)
-    draw_class_pictures("toyworld", "mug", wanted, SETTINGS, torch.device("cpu"))
+    draw_class_pictures("toyworld", DIGEST, "mug", wanted, SETTINGS, torch.device("cpu"))
     return wanted
 
 
@@ -226,18 +228,24 @@ def test_class_pictures_are_drawn_once(prior, tmp_path) -> None:
     files = prior.files("mug")
     before = [file.read_bytes() for file in files]
     untouched = files[0].stat().st_mtime_ns
-    draw_class_pictures("toyworld", "mug", prior, SETTINGS, torch.device("cpu"))
+    draw_class_pictures("toyworld", DIGEST, "mug", prior, SETTINGS, torch.device("cpu"))
     assert files[0].stat().st_mtime_ns == untouched
     files[1].unlink()
-    draw_class_pictures("toyworld", "mug", prior, SETTINGS, torch.device("cpu"))
+    draw_class_pictures("toyworld", DIGEST, "mug", prior, SETTINGS, torch.device("cpu"))
     assert [file.read_bytes() for file in files] == before
     with pytest.raises(InputError, match=r"drawn with text_guidance=3\.0, now 5"):
-        draw_class_pictures("toyworld", "mug", prior, {"text_guidance": 5.0}, torch.device("cpu"))
+        draw_class_pictures("toyworld", DIGEST, "mug", prior, {"text_guidance": 5.0}, torch.device("cpu"))
+    with pytest.raises(InputError, match="drawn with base_digest="):  # another model of the same name
+        draw_class_pictures("toyworld", "0" * 64, "mug", prior, SETTINGS, torch.device("cpu"))
+    told = json.loads((prior.of("mug") / TOLD).read_text())
+    twice = ClassPictures(str(tmp_path / "twice"), count=6, steps=2)
+    draw_class_pictures("toyworld", DIGEST, "mug", twice, SETTINGS, torch.device("cpu"))
+    assert json.loads((twice.of("mug") / TOLD).read_text())["flops"] == 2 * told["flops"] > 0 < told["seconds"]
     strange = ClassPictures(str(tmp_path), count=1)
     strange.of("mug").mkdir()
     (strange.of("mug") / "mine.png").write_bytes(before[0])
     with pytest.raises(InputError, match="holds pictures, but no class.json"):
-        draw_class_pictures("toyworld", "mug", strange, SETTINGS, torch.device("cpu"))
+        draw_class_pictures("toyworld", DIGEST, "mug", strange, SETTINGS, torch.device("cpu"))
 
 
 def test_order_of_pictures(toy_data, prior) -> None:

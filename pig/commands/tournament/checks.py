@@ -14,25 +14,30 @@ from pig.commands.tournament import plan
 from pig.commands.tournament.config import Tournament, last
 from pig.data.subjects import PromptKind, is_benchmark, plain_prompts, prompt_kind, read_subjects
 from pig.errors import InputError, check_named
+from pig.files import sha256_of
 from pig.methods import METHODS, Source, find_model, pipeline_class
 from pig.mistakes import read_config, values_of
 
 STEPS = ("step", "early", "late")  # flags of `generate` that name kept steps of a tuning
+# Flags by which commands differ that are otherwise the same.
+OF_ONE = ("--run", "--out", "--seed_everything", "--data.seed", "--subjects", "--images", "--name")
 
 
 def check_plan(config: Tournament) -> None:
     """
     Raises:
-        InputError: a claim names an entry, a score or a kind of prompt that there will not be; or `generate` would not
-            take the words of a method, a trial or a condition.
+        InputError: a claim names an entry, a score or a kind of prompt that there will not be; or a command would not
+            take its words: `generate` those of a method, a trial or a condition, any other one its own.
     """
     _check_claims(config)
+    _check_commands(config)
     for name, entry in plan.firsts(config).items():
         trials = config.methods[plan.tried(config, name)].trials or [""]
         given = dict.fromkeys(condition.words for condition in plan.conditions(config, entry))  # of several the same
-        trying = tuple(config.split(config.trying)) if config.methods[name].trials else ()
+        if config.methods[name].trials:
+            given[tuple(config.split(config.trying))] = None
         for trial, words in product(trials, given):
-            _check_words(config, name, [*plan.words_of(config, name, config.split(trial)), *trying, *words])
+            _check_words(config, name, [*plan.words_of(config, name, config.split(trial)), *words])
 
 
 def check_inputs(config: Tournament) -> None:
@@ -48,6 +53,67 @@ def check_inputs(config: Tournament) -> None:
         folder = config.path(getattr(config, key))
         if folder and folder not in made:
             read_subjects(folder, prompts)
+
+
+def check_subjects(config: Tournament) -> None:
+    """Once the data is there.
+
+    Raises:
+        InputError: the subjects cannot serve: pictures of the benchmark are among those of the trials, `partial` is of
+            other subjects, or one has fewer pictures than `references` asks for.
+    """
+    folders = {key: config.path(getattr(config, key)) for key in ("subjects", "validation", "partial")}
+    prompts = Path(config.path(config.prompts)) if config.prompts else None
+    of = {
+        key: {one.name: one.images for one in read_subjects(folder, prompts)}
+        for key, folder in folders.items()
+        if folder
+    }
+    pictures = {
+        key: {sha256_of(image): image for images in of.get(key, {}).values() for image in images}
+        for key in ("subjects", "validation")
+    }
+    for same in pictures["subjects"].keys() & pictures["validation"].keys():
+        raise InputError(
+            f"validation={folders['validation']} holds {pictures['validation'][same].name} of the benchmark: settings "
+            "must be chosen on other subjects"
+        )
+    if "partial" in of and of["partial"].keys() != of["subjects"].keys():
+        raise InputError(f"partial={folders['partial']} must hold the subjects of {folders['subjects']}, and no others")
+    read = [one for name, one in config.methods.items() if config.weights_of(name)[1].kind == "trained"]
+    most = max((count for method in read for count in method.references or config.references), default=0)
+    for key in of:
+        name, images = min(of[key].items(), key=lambda one: len(one[1]))
+        if len(images) < most:
+            raise InputError(f"references={most}: {folders[key]}/{name} has only {len(images)} pictures")
+
+
+def _check_commands(config: Tournament) -> None:
+    """Read the arguments of each command but `generate`'s."""
+    from data_gen.__main__ import read as read_data  # which is no part of this package
+    from pig.commands.fit import CLI
+    from pig.commands.tune import TuneCLI
+
+    score = plan.Step("scores", (*plan.scorer(config), "--images=-", "--subjects=-", "--out=-"))
+    stages = {**plan.stages(config, []), "scoring": [[score]]}
+    seen = set()
+    for name, step in ((name, step) for name, chains in stages.items() for chain in chains for step in chain):
+        program, *words = step.words
+        own = tuple(word for word in words if word.partition("=")[0] not in OF_ONE)
+        if own in seen:  # of another seed, or other subjects
+            continue
+        seen.add(own)
+        try:
+            if program == "data_gen":
+                read_data(words)
+            elif words[0] == "fit":
+                CLI(words[1:], run=False, built=False)
+            elif words[0] == "tune":
+                TuneCLI(words[1:], built=False)
+            elif words[0] == "evaluate":
+                parse("evaluate", "pig.evaluation.benchmark:evaluate", words[1:])
+        except InputError as error:
+            raise InputError(f"{name}, python -m {shlex.join([program, *own])}: {error}") from error
 
 
 def _check_claims(config: Tournament) -> None:
@@ -77,7 +143,7 @@ def _check_claims(config: Tournament) -> None:
 def _check_words(config: Tournament, name: str, words: Sequence[str]) -> None:
     """As `generate` will check them, once the model is there."""
     words = [*config.split(config.drawing), *words]
-    source = _source_of(config, name)
+    source = source_of(config, name)
     try:
         _, told = parse(
             "generate", "pig.commands.generate:generate", ["--model=-", "--subjects=-", "--out=-", *words], source
@@ -94,7 +160,7 @@ def _check_words(config: Tournament, name: str, words: Sequence[str]) -> None:
         raise InputError(f"methods.{name}, drawn with {shlex.join(words)}: {error}") from error
 
 
-def _source_of(config: Tournament, name: str) -> Source:
+def source_of(config: Tournament, name: str) -> Source:
     """As `find_model` will tell of the model, once it is there."""
     method, (_, made_by) = config.methods[name], config.weights_of(name)
     if method.kind == "base":

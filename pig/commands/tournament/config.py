@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import MISSING
@@ -175,6 +176,18 @@ class Tournament:
             steps = told.get("trainer", {}).get("max_steps", steps)
         save_at = yaml.safe_load(last(words, "model.save_at") or "null") or save_at
         return sorted({*save_at, self.number("trainer.max_steps", steps, words)})
+
+    def prior_of(self, method: Method) -> dict[str, Any] | None:
+        """Class pictures of a tuning, which are drawn once for each class: their folder, how many, in how many
+        steps."""
+        words = self.split(method.words)
+        told = read_config(method.config)["data"]["init_args"].get("prior")
+        if told is None or "--data.prior=null" in words:
+            return None
+        folder = last(words, "data.prior.folder") or told["folder"]
+        default = {"count": 200, "steps": 50}
+        counts = {key: self.number(f"data.prior.{key}", told.get(key, value), words) for key, value in default.items()}
+        return {"folder": folder, **counts}
 
     def path(self, text: str) -> str:
         return text.replace("{subjects}", self.subjects).replace("{out}", self.out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +12,16 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from pig.commands.tournament import plan
+from pig.commands.tournament.checks import source_of
 from pig.commands.tournament.config import Method, Tournament, last
-from pig.costs import SD21, flops_of
+from pig.costs import SD21, SD21_VAE, flops_of
 from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods import load_pipeline, pipeline_class
@@ -28,6 +32,7 @@ from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.settings import controls
 from pig.training.costs import flops_per_sample
 from pig.training.module import PersonalisationModule
+from pig.training.tuned import TunedModule
 
 # Dense bf16 TFLOP/s by the makers' data sheets, and the share of it that trainings of such UNets reach.
 GPUS = {"RTX 4090": 165, "A100": 312, "H100": 989}
@@ -64,28 +69,80 @@ def toy_module(method: Method) -> PersonalisationModule | None:
     return getattr(import_module(path), name)(**{**toy["init_args"], **given})
 
 
-def passes_of_sample(module: PersonalisationModule) -> float:
-    """How many forward passes of the UNet a training sample costs."""
+@dataclass(frozen=True)
+class Passes:
+    """How much of each network some work takes: forward passes of the UNet (all else that it does but the VAE's counted
+    as such), pictures encoded and decoded by the VAE."""
+
+    unet: float
+    encoded: float
+    decoded: float
+
+    def up_to(self, later: Passes, share: float) -> Passes:
+        """On the line from this one to `later`, whose share is 1."""
+        return Passes(*(a + (b - a) * share for a, b in zip(astuple(self), astuple(later), strict=True)))
+
+    def flops(self, full: Passes) -> float:
+        """full: FLOPs of one pass of each."""
+        return sum(count * each for count, each in zip(astuple(self), astuple(full), strict=True))
+
+
+def vae_flops(vae: AutoencoderKL, size: int) -> tuple[int, int]:
+    """Of encoding and of decoding a picture of so many pixels a side. vae: on the meta device."""
+    side = size // vae_scale(vae)
+    with torch.device("meta"):
+        pixels, latents = torch.empty(1, 3, size, size), torch.empty(1, vae.config.latent_channels, side, side)
+        return flops_of(lambda: vae.encoder(pixels)), flops_of(lambda: vae.decoder(latents))
+
+
+def passes_of(work: Callable[[], int], of: SubjectPipeline | Backbone) -> Passes:
+    """Of work that returns its FLOPs, on the toy world's networks."""
+    calls = {"encoder": 0, "decoder": 0}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            calls[name] += len(args[0])
+
+        return hook
+
+    hooks = [getattr(of.vae, name).register_forward_pre_hook(note(name)) for name in calls]
+    try:
+        flops = work()
+    finally:
+        for one in hooks:
+            one.remove()
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(of.vae.config)
+    encoding, decoding = vae_flops(vae, of.unet.config.sample_size * vae_scale(vae))
+    rest = flops - calls["encoder"] * encoding - calls["decoder"] * decoding
+    return Passes(rest / toy_unit(of), calls["encoder"], calls["decoder"])
+
+
+def passes_of_sample(module: PersonalisationModule) -> Passes:
+    """Of a training sample."""
     resolution = module.backbone.unet.config.sample_size * vae_scale(module.vae)
     pictures: Any = SimpleNamespace(resolution=resolution, encoded=lambda: [None])
-    return flops_per_sample(module, pictures) / toy_unit(module.backbone)
+    if isinstance(module, TunedModule):  # which does not encode its pictures again
+        return Passes(flops_per_sample(module, pictures) / toy_unit(module.backbone), 0, 0)
+    return passes_of(lambda: flops_per_sample(module, pictures), module.backbone)
 
 
-def passes_of_picture(pipeline: SubjectPipeline, references: int, steps: int, settings: Mapping[str, Any]) -> float:
-    """How many a picture of so many steps costs; counted in two small numbers of steps, reading included."""
+def passes_of_picture(pipeline: SubjectPipeline, references: int, steps: int, settings: Mapping[str, Any]) -> Passes:
+    """Of a picture of so many steps; counted in two small numbers of steps, reading included."""
     pipeline.set_progress_bar_config(disable=True)
     cutouts = [Image.new("RGBA", (64, 64), (255, 255, 255, 200))] * references if pipeline.reads_references else []
 
-    def flops(count: int) -> int:
+    def counted(count: int) -> Passes:
         told: dict[str, Any] = {"class_noun": "mug", "generator": torch.Generator().manual_seed(0), **settings}
-        return flops_of(lambda: pipeline("a photo of a mug", cutouts, num_inference_steps=count, **told))
+        draw = partial(pipeline, "a photo of a mug", cutouts, num_inference_steps=count, **told)
+        return passes_of(lambda: flops_of(draw), pipeline)
 
     few, more = COUNTED_STEPS
-    a_step = (flops(more) - flops(few)) / (more - few)
-    return (flops(few) + a_step * (steps - few)) / toy_unit(pipeline)
+    return counted(few).up_to(counted(more), (steps - few) / (more - few))
 
 
 def toy_unit(of: SubjectPipeline | Backbone) -> int:
+    """FLOPs of a forward pass of the toy world's UNet."""
     with torch.device("meta"):
         return unet_flops(UNet2DConditionModel.from_config(of.unet.config), of.tokenizer.model_max_length)
 
@@ -99,13 +156,13 @@ def toy_pipeline(method: Method, module: PersonalisationModule | None) -> Subjec
     return None if module is None else module.pipeline()
 
 
-def settings_of(pipeline: SubjectPipeline, source: Method, words: Sequence[str]) -> dict[str, Any]:
+def settings_of(pipeline: type[SubjectPipeline], source: Method, words: Sequence[str]) -> dict[str, Any]:
     """Controls that the full-size config, and words of `generate`, set."""
     told = read_config(source.config)["model"]["init_args"] if source.config else {}
     for word in words:
         name, given, value = word.removeprefix("--").partition("=")
         told[name] = yaml.safe_load(value) if given else True
-    names = {one.name for one in controls(type(pipeline).Settings)} - {"num_inference_steps", "identifier", "scheduler"}
+    names = {one.name for one in controls(pipeline.Settings)} - {"num_inference_steps", "identifier", "scheduler"}
     return {name: value for name, value in told.items() if name in names}
 
 
@@ -117,6 +174,9 @@ def hub_ids(config: Tournament) -> list[str]:
     for line in (*config.data, config.drawing, config.scoring):
         words = config.split(line)
         trees += [{name: value} for name in IDS for value in values_of(words, f"--{name}")]
+    base = config.base.removeprefix("base:")
+    further = [{"model": one} for name in config.methods for one in further_models(config, name, base)]
+    trees += further
     for method in config.methods.values():
         if method.config:
             told = read_config(method.config)
@@ -131,6 +191,17 @@ def hub_ids(config: Tournament) -> list[str]:
     return sorted(name for name in found if name != TOYWORLD and not Path(name).exists())
 
 
+def further_models(config: Tournament, name: str, base: str) -> tuple[str, ...]:
+    """That a method loads to draw, with the words of its own and of its trials."""
+    kind = pipeline_class(source_of(config, name).method)
+    _, source = config.weights_of(name)
+    found: dict[str, None] = {}
+    for trial in config.methods[plan.tried(config, name)].trials or [""]:
+        words = plan.words_of(config, name, config.split(trial))
+        found |= dict.fromkeys(kind.further_models(base, settings_of(kind, source, words)))
+    return tuple(found)
+
+
 def chains_of_data(config: Tournament) -> Iterator[tuple[str, list[str]]]:
     """The config of each chain of data generation, and its overrides."""
     for line in config.data:
@@ -139,14 +210,15 @@ def chains_of_data(config: Tournament) -> Iterator[tuple[str, list[str]]]:
             yield words[1], [word for word in words[2:] if "=" in word]
 
 
-def flops_of_data(config: Tournament, unet: UNet2DConditionModel) -> float:
+def flops_of_data(config: Tournament, unet: UNet2DConditionModel, vae: AutoencoderKL) -> float:
     """Of the pictures that data generation draws; without captions and masks, and without pictures drawn again."""
     total = 0.0
     for file, over in chains_of_data(config):
         told = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(over))
         images = {"per_caption": 1, "size": 512, "steps": 25, **told.images}  # the defaults of data generation
         pictures = told.captions.count * images["per_caption"]
-        total += pictures * images["steps"] * 2 * unet_flops(unet, size=images["size"] // 8)
+        _, decoding = vae_flops(vae, images["size"])
+        total += pictures * (images["steps"] * 2 * unet_flops(unet, size=images["size"] // 8) + decoding)
     return total
 
 
@@ -164,10 +236,13 @@ def _named(tree: Any) -> Iterator[str]:
 def estimate(config: Tournament) -> list[tuple[str, str]]:
     """(what, how much), for the full-size UNet."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD21)
-    unit, size = unet_flops(unet), unet.num_parameters()
-    rows = [("UNet, a forward pass", f"{unit / 1e12:.2f} TFLOP")]
-    left_out = ["captions, masks and rejected pictures of the data, and its disk", "trials", "scores"]
+        unet, vae = UNet2DConditionModel(**SD21), AutoencoderKL(**SD21_VAE)
+    full, size = Passes(unet_flops(unet), *vae_flops(vae, unet.config.sample_size * 8)), unet.num_parameters()
+    rows = [
+        ("UNet, a forward pass", f"{full.unet / 1e12:.2f} TFLOP"),
+        ("VAE, encoding; decoding a picture", f"{full.encoded / 1e12:.2f}; {full.decoded / 1e12:.2f} TFLOP"),
+    ]
+    left_out = ["captions, masks and rejected pictures of the data", "trials", "scores"]
     try:
         prompts = Path(config.path(config.prompts)) if config.prompts else None
         subjects = read_subjects(config.path(config.subjects), prompts)
@@ -175,51 +250,52 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         subjects = []
         left_out.append(f"tunings and pictures: {error}")
     pictures = sum(len(one.prompts) for one in subjects) * config.images_per_prompt()
-    of_samples: dict[str, float] = {}
+    of_samples: dict[str, float] = {}  # FLOPs
     weights: dict[str, float] = {}  # trained ones
-    of_pictures: dict[tuple[str, str], float] = {}  # method, condition
+    of_pictures: dict[tuple[str, str], float] = {}  # of a method under a condition
     for name, method in tqdm(config.methods.items(), desc="counting FLOPs on small models", leave=False):
         _, source = config.weights_of(name)
         module = toy_module(source) if source.config else None
         pipeline = toy_pipeline(method, module)
         if method.config and module is not None:
-            of_samples[name] = passes_of_sample(module)
+            a_sample = passes_of_sample(module)
+            of_samples[name] = a_sample.flops(full)
             trained = sum(one.numel() for one in module.trainable().values())
             weights[name] = trained / module.backbone.unet.num_parameters() * size
-            rows.append((f"{name}: a sample", cost(of_samples[name], unit)))
+            rows.append((f"{name}: a sample", cost(a_sample, full)))
         if pipeline is None:
             left_out.append(name)
             continue
         entry = next(one for one in plan.entries(config) if one.method == name)
         words = config.split(method.drawn)
         steps = config.number("steps", config.number("num_inference_steps", 50, words), words)
-        counted: dict[tuple[int, str], float] = {}  # whole and partial pictures cost the same
+        counted: dict[tuple[int, str], Passes] = {}  # whole and partial pictures cost the same
         for given in plan.conditions(config, entry):
             references = config.number("references_per_subject", 1, given.words)
-            settings = settings_of(pipeline, source, [*words, *given.words])
+            settings = settings_of(type(pipeline), source, [*words, *given.words])
             key = (references, str(settings))
             if key not in counted:
                 counted[key] = passes_of_picture(pipeline, references, steps, settings)
-            passes = of_pictures[name, given.name] = counted[key]
-            rows.append((f"{name}: a picture" + (f", {given.name}" if given.name else ""), cost(passes, unit)))
-    total, sets = {"data": flops_of_data(config, unet), "training": 0.0, "tuning": 0.0, "pictures": 0.0}, 0
+            of_pictures[name, given.name] = counted[key].flops(full)
+            rows.append((f"{name}: a picture" + (f", {given.name}" if given.name else ""), cost(counted[key], full)))
+    total, sets = {"data": flops_of_data(config, unet, vae), "training": 0.0, "tuning": 0.0, "pictures": 0.0}, 0
     priors: dict[str, dict[str, Any]] = {}  # by their folder
     for one in plan.entries(config):
         method = config.methods[one.method]
         # With equal time, all cost what the one does that they are compared with.
         of_sample = of_samples.get(config.against if one.budget == plan.TIME else one.method, 0.0)
         if method.kind == "trained":
-            total["training"] += of_sample * unit * config.samples
+            total["training"] += of_sample * config.samples
         elif method.kind == "tuned":
-            total["tuning"] += of_sample * unit * tuning_samples(config, method) * len(subjects)
-            if prior := prior_of(config, method):
+            total["tuning"] += of_sample * tuning_samples(config, method) * len(subjects)
+            if prior := config.prior_of(method):
                 priors[prior["folder"]] = prior
         for given in plan.conditions(config, one):
             sets += 1
-            total["pictures"] += of_pictures.get((one.method, given.name), 0.0) * unit * pictures
+            total["pictures"] += of_pictures.get((one.method, given.name), 0.0) * pictures
     classes = len({subject.class_noun for subject in subjects})
     for prior in priors.values():  # methods and seeds may share their class pictures
-        total["tuning"] += classes * prior["count"] * prior["steps"] * 2 * unit
+        total["tuning"] += classes * prior["count"] * Passes(prior["steps"] * 2, 0, 1).flops(full)
     whole = sum(total.values())
     parts = ", ".join(f"{name} {flops / 1e18:.2f}" for name, flops in total.items())
     rows.append((f"{pictures * sets:,} pictures in {sets} sets; all", f"{whole / 1e18:.2f} EFLOP ({parts})"))
@@ -230,14 +306,25 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         weights.get(one.method, 0.0) * bytes_of_weight(config, one, len(subjects)) for one in plan.entries(config)
     )
     most = pictures * sets * 3 * (unet.config.sample_size * 8) ** 2
-    rows.append(("on disk", f"{models / 1e9:,.0f} GB of models, at most {most / 1e9:,.0f} GB of pictures"))
+    triplets = sum(disk_of_data(file, over) for file, over in chains_of_data(config))
+    told = {"models": models, "triplets": triplets, "pictures at most": most}
+    rows.append(("on disk", "; ".join(f"{what} {count / 1e9:,.0f} GB" for what, count in told.items())))
     rows.append(("not counted", "; ".join(left_out)))
     rows.append(("needed: downloads, files", ", ".join(hub_ids(config)) or "none"))
     return rows
 
 
-def cost(passes: float, unit: int) -> str:
-    return f"{passes:,.1f} passes, {passes * unit / 1e12:,.1f} TFLOP"
+def cost(passes: Passes, full: Passes) -> str:
+    pictures = {"encoded": passes.encoded, "decoded": passes.decoded}
+    told = [f"{passes.unet:,.1f} passes", *(f"{count:.0f} {what}" for what, count in pictures.items() if count)]
+    return f"{', '.join(told)}: {passes.flops(full) / 1e12:,.1f} TFLOP"
+
+
+def disk_of_data(file: str, over: Sequence[str]) -> float:
+    from data_gen.config import load_config  # which is no part of this package
+    from data_gen.run import disk_of
+
+    return disk_of(load_config(Path(file), list(over)))
 
 
 def bytes_of_weight(config: Tournament, entry: plan.Entry, subjects: int) -> int:
@@ -250,18 +337,6 @@ def bytes_of_weight(config: Tournament, entry: plan.Entry, subjects: int) -> int
     return TRAINED_BYTES
 
 
-def prior_of(config: Tournament, method: Method) -> dict[str, Any] | None:
-    """Class pictures of a tuning, which are drawn once for each class: their folder, how many, in how many steps."""
-    words = config.split(method.words)
-    told = read_config(method.config)["data"]["init_args"].get("prior")
-    if told is None or "--data.prior=null" in words:
-        return None
-    folder = last(words, "data.prior.folder") or told["folder"]
-    default = {"count": 200, "steps": 50}
-    counts = {key: config.number(f"data.prior.{key}", told.get(key, value), words) for key, value in default.items()}
-    return {"folder": folder, **counts}
-
-
 def tuning_samples(config: Tournament, method: Method) -> int:
     """Of a subject's tuning, class pictures among them."""
-    return config.batch_size(method) * max(config.kept_steps(method)) * (2 if prior_of(config, method) else 1)
+    return config.batch_size(method) * max(config.kept_steps(method)) * (2 if config.prior_of(method) else 1)

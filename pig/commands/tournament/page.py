@@ -47,6 +47,8 @@ COSTS = {  # of the ledger: key -> heading, factor
     "tuning_seconds": ("minutes", 1 / 60),
     "tuning_flops": ("TFLOP", 1e-12),
     "tuning_memory_bytes": ("peak memory, GB", 1e-9),
+    "class_seconds": ("pictures of a class: minutes", 1 / 60),
+    "class_flops": ("TFLOP", 1e-12),
     "flops_per_picture": ("picture: GFLOP", 1e-9),
     "seconds_per_picture": ("seconds", 1),
     "peak_memory_bytes": ("peak memory, GB", 1e-9),
@@ -56,13 +58,15 @@ COSTS = {  # of the ledger: key -> heading, factor
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the pages show. first: of each method and budget the first condition. gaps: score -> to `against`.
-    trials: method -> words -> score -> its mean over the validation subjects."""
+    """All that the pages show. first: of each method and budget the first condition. gaps: score -> of these to
+    `against`; condition_gaps: of all others whose condition `against` was drawn under, too. trials: method -> words ->
+    score -> its mean over the validation subjects."""
 
     standings: Sequence[Standing]
     first: Sequence[Standing]
     against: Standing
     gaps: Mapping[str, Sequence[Difference]]
+    condition_gaps: Mapping[str, Sequence[Difference]]
     ranks: Mapping[str, Mapping[str, tuple[int, int, int]]]
     claims: Sequence[Tested]
     trials: Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -81,11 +85,14 @@ def find(config: Tournament, guests: Sequence[Path]) -> Findings:
     against = next(one for one in first if one.method == config.against)
     others = [one for one in first if one is not against]
     under_all = [one for one in standings if one.name == against.name]
+    shared = {one.condition for one in under_all[1:]}
+    further = [one for one in standings if one not in first and one not in under_all and one.condition in shared]
     return Findings(
         standings,
         first,
         against,
         gaps={score: gaps(under_all, others, score) for score in COMPARED},
+        condition_gaps={score: gaps(under_all, further, score, conditions=True) for score in COMPARED},
         ranks={score: ranks(first, score) for score in COMPARED},
         claims=judge(config, standings),
         trials={
@@ -133,8 +140,12 @@ def all_tables(config: Tournament, found: Findings) -> list[tuple[str, Table, st
         tables.append(("By kind of prompt", kinds_table(found), "Means over subjects."))
     if any(one not in found.first for one in found.standings):
         tables.append(("Other conditions", conditions_table(found.standings), CONDITIONS))
+    if found.condition_gaps["dino"]:
+        heading = f"Differences to {config.against} under other conditions"
+        tables.append((heading, gaps_table(list(found.condition_gaps.values())), GAPS))
     tables.append(("Settings", settings_table(config, found), SETTINGS))
-    tables.append(("Costs", costs_table(found.costs), LEDGER))
+    machines = "; ".join(sorted({one for row in found.costs for one in row["machines"]}))
+    tables.append(("Costs", costs_table(found.costs), f"{LEDGER} Trainings and tunings ran on: {machines}."))
     return tables
 
 
@@ -144,16 +155,17 @@ NOTE = (
     "the subject's pictures."
 )
 CLAIMS = (
-    "Each difference is paired by subject; p: signs flipped at random, corrected by Holm for the number of claims. A "
-    "claim holds, or does not hold (the difference has the other sign), where p is below .05; else it cannot be told."
+    "Each difference is paired by subject, over the training seeds that both have; p: signs flipped at random, "
+    "corrected by Holm for the number of claims. A claim holds, or does not hold (the difference has the other sign), "
+    "where p is below .05; else it cannot be told."
 )
 CONDITIONS = (
     "What each was given; a partial picture shows a part of the subject. Of each method the mean over those training "
     "seeds that were drawn under all its conditions."
 )
 GAPS = (
-    "Paired by subject; each to the scores under the same condition, where there are any. p: signs flipped at random, "
-    "corrected by Holm for the number of rows."
+    "Paired by subject; each to the scores under the same condition, where there are any, over the training seeds that "
+    "both have. p: signs flipped at random, corrected by Holm for the number of rows."
 )
 SETTINGS = (
     "What each was drawn with, beside its model's own defaults, and the trials that this was chosen from, with their "
@@ -162,7 +174,7 @@ SETTINGS = (
 LEDGER = (
     "Training: steps with their data. Tuning: without the class pictures, which the first tuning of a class draws. A "
     "picture: one at a time, reading the references included; the median of three. FLOPs are counted (2 for a "
-    "multiplication with addition)."
+    "multiplication with addition). Memory: of a GPU; without one, the most that the command held at any time."
 )
 
 
@@ -266,13 +278,14 @@ def _cost(value: float | None, factor: float) -> str:
 
 
 def scatter(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> str:
-    """DINO and CLIP-T over what a subject's first picture costs: tuning (without class pictures) and drawing. Of equal
-    samples only."""
-    flops = {row["method"]: row["flops_per_picture"] + (row.get("tuning_flops") or 0) for row in costs}
+    """DINO and CLIP-T over what a subject's first picture costs: tuning, the pictures of its class, and drawing. Of
+    equal samples only."""
+    parts = ("flops_per_picture", "tuning_flops", "class_flops")
+    flops = {row["method"]: sum(row.get(part) or 0 for part in parts) for row in costs}
     shown = [one for one in first if one.budget != plan.TIME and one.name in flops]
     figure = Figure(figsize=(11, 4), layout="constrained")
     for number, score in enumerate(COMPARED, 1):
-        axes = figure.add_subplot(1, 2, number, xlabel="FLOPs of tuning and one picture", xscale="log")
+        axes = figure.add_subplot(1, 2, number, xlabel="FLOPs of tuning, class pictures and one picture", xscale="log")
         axes.set_ylabel(TITLES[score])
         axes.grid(color="#e5e5e5")
         axes.margins(0.2)
@@ -312,7 +325,10 @@ def numbers(found: Findings) -> dict[str, Any]:
             }
             for one in found.standings
         ],
-        "gaps": [asdict(gap) for of_score in found.gaps.values() for gap in of_score],
+        **{
+            name: [asdict(gap) for of_score in of.values() for gap in of_score]
+            for name, of in (("gaps", found.gaps), ("condition_gaps", found.condition_gaps))
+        },
         "claims": [{**asdict(one), "verdict": one.verdict} for one in found.claims],
         "ranks": dict(found.ranks),
         "trials": dict(found.trials),

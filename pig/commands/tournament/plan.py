@@ -175,7 +175,7 @@ def cost_of(method: Method, run: Path) -> dict[str, Any]:
     told = read_config(method.config)
     file = Path(told["trainer"]["default_root_dir"].replace("${run}", str(run))) / COST
     cost = read_json(file, f"{file} is missing: remove {run} and start again")
-    check_kinds(cost, {"samples": int, "peak_memory_bytes": int}, str(file))
+    check_kinds(cost, {"samples": int, "peak_memory_bytes": int, "machine": str}, str(file))
     check_kinds(cost, dict.fromkeys(("seconds", "flops_per_sample"), (int, float)), str(file))
     return cost
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pig.commands.tournament import plan
-from pig.commands.tournament.checks import check_inputs, check_plan
+from pig.commands.tournament.checks import check_inputs, check_plan, check_subjects
 from pig.commands.tournament.config import Tournament, load_config
 from pig.commands.tournament.estimate import estimate
 from pig.commands.tournament.page import write_pages
@@ -29,6 +29,7 @@ from pig.errors import InputError, check_ranges
 from pig.executors import ExecutorName, execute
 from pig.files import check_folder, locked, make_folder, read_json, sha256_of, write_text
 from pig.mistakes import check_claim
+from pig.models.backbone import fast_precision
 from pig.models.names import TOYWORLD
 from pig.processes import die_with_parent
 
@@ -80,6 +81,7 @@ def tournament(
         stages = plan.stages(told, guests)
         # On this machine: a worker of Ray would have one GPU, where these commands may use all.
         run_stage(told.folder(), how | {"executor": "local"}, "data", stages.pop("data"))
+        check_subjects(told)
         for name, chains in stages.items():
             run(name, chains)
         choose(told)
@@ -98,6 +100,7 @@ def claim_folder(config: Tournament) -> None:
     """
     told = asdict(config)
     del told["claims"]
+    told["precision"] = fast_precision()  # which the toy world's configs train in
     lines = [*config.data, config.scorer, config.prompts, config.fit, config.drawing, config.trying, config.scoring]
     for one in config.methods.values():
         lines += [one.config, one.words, one.drawn, one.common, *one.trials]

@@ -15,7 +15,9 @@ from pig.commands.tournament.config import Claim, Tournament
 from pig.errors import check_kinds
 from pig.evaluation.compare import Difference, corrected, difference
 from pig.evaluation.results import Result
+from pig.evaluation.statistics import expanded_level
 from pig.files import read_json
+from pig.training.tuned import TOLD
 
 COMPARED = ("dino", "clip_t")
 DRAWS = 10_000  # of the bootstrap
@@ -24,12 +26,14 @@ LEVEL = 0.05  # of p, below which a claim is told
 
 @dataclass(frozen=True)
 class Standing:
-    """A method with a budget under a condition; `results`: one for each training seed."""
+    """A method with a budget under a condition; `results`: one for each training seed. seeds: of training, none where
+    nothing is trained."""
 
     method: str
     budget: str
     condition: str
     results: tuple[Result, ...]
+    seeds: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -77,12 +81,15 @@ def trials_of(config: Tournament, method: str) -> dict[str, Result]:
 
 def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]:
     """In the order of the config, each method's conditions one after the other; guests last."""
-    of: dict[tuple[str, str, str], list[Result]] = {}
+    of: dict[tuple[str, str, str], dict[int, Result]] = {}
     for one in plan.entries(config):
         for condition in plan.conditions(config, one):
             result = Result.read(one.folder / "scores" / condition.slug)
-            of.setdefault((one.method, one.budget, condition.name), []).append(result)
-    found = [Standing(*key, tuple(results)) for key, results in of.items()]
+            of.setdefault((one.method, one.budget, condition.name), {})[one.seed] = result
+    found = [
+        Standing(*key, tuple(results.values()), () if config.methods[key[0]].kind == "base" else tuple(results))
+        for key, results in of.items()
+    ]
     for folder in guests:
         result = Result.read(plan.guest_folder(config, folder))
         found.append(Standing(result.name, "", "", (result,)))
@@ -90,9 +97,16 @@ def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]
 
 
 def of_shared_seeds(standings: Sequence[Standing]) -> list[Standing]:
-    """Conditions of one method and budget, each with the results of the training seeds that all of them have."""
-    count = min(len(one.results) for one in standings)
-    return [replace(one, results=one.results[:count]) for one in standings]
+    """The same with the training seeds alone that all of them have, of those that are trained; where no seed is shared,
+    with all."""
+    trained = [one.seeds for one in standings if one.seeds]
+    shared = [seed for seed in trained[0] if all(seed in seeds for seeds in trained)] if trained else []
+    found = []
+    for one in standings:
+        kept = [at for at, seed in enumerate(one.seeds) if seed in shared]
+        seeds, results = tuple(one.seeds[at] for at in kept), tuple(one.results[at] for at in kept)
+        found.append(replace(one, seeds=seeds, results=results) if kept else one)
+    return found
 
 
 def main_standings(standings: Sequence[Standing]) -> list[Standing]:
@@ -132,19 +146,21 @@ def judge(config: Tournament, standings: Sequence[Standing]) -> list[Tested]:
     return [Tested(one, None if gap is None else next(told)) for one, gap in zip(config.claims, found, strict=True)]
 
 
-def gaps(against: Sequence[Standing], others: Sequence[Standing], score: str) -> list[Difference]:
-    """Of each of `others` to the one of `against` that was given the same, else to the first."""
+def gaps(
+    against: Sequence[Standing], others: Sequence[Standing], score: str, *, conditions: bool = False
+) -> list[Difference]:
+    """Of each of `others` to the one of `against` that was given the same, else to the first. conditions: whether they
+    are called by what they were given, too."""
     found = []
     for other in others:
         base = next((one for one in against if one.condition == other.condition), against[0])
-        found.append(_difference(other.name, other, base, score))
+        name = f"{other.name}, {other.condition}" if conditions else other.name
+        found.append(_difference(name, other, base, score))
     return corrected([gap for gap in found if gap is not None])
 
 
 def _difference(name: str, one: Standing, other: Standing, score: str, kind: str = "") -> Difference | None:
-    if (one.method, one.budget) == (other.method, other.budget):
-        one, other = of_shared_seeds([one, other])
-    high, low = (standing.per_subject(score, kind) for standing in (one, other))
+    high, low = (standing.per_subject(score, kind) for standing in of_shared_seeds([one, other]))
     pairs = [high[subject] - low[subject] for subject in high if subject in low]
     return difference(name, score, pairs) if pairs else None
 
@@ -154,13 +170,14 @@ def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int
     each = [one.per_subject(score) for one in standings]
     shared = [name for name in each[0] if all(name in one for one in each)]
     values = np.array([[one[name] for name in shared] for one in each])  # (entries, subjects)
-    rng = np.random.default_rng(0)
+    rng, level = np.random.default_rng(0), expanded_level(max(2, len(shared)))
+    ends = [50 * (1 - level), 50 * (1 + level)]
     draws = rng.integers(0, len(shared), (DRAWS, len(shared)))
     means = np.concatenate([values.mean(1)[:, None], values[:, draws].mean(2)], axis=1)  # (entries, 1 + DRAWS)
     places = 1 + (means[:, None] < means[None]).sum(1)  # equal ones share the higher rank
     found = {}
     for one, place in zip(standings, places, strict=True):
-        low, high = np.percentile(place[1:], [2.5, 97.5], method="nearest")
+        low, high = np.percentile(place[1:], ends, method="nearest")
         found[one.name] = (int(place[0]), int(low), int(high))
     return found
 
@@ -168,11 +185,13 @@ def ranks(standings: Sequence[Standing], score: str) -> dict[str, tuple[int, int
 def ledger(config: Tournament) -> list[dict[str, Any]]:
     """What each method has cost, trained on equal samples and for equal time; None where it does not apply.
 
-    training_*: mean over seeds. tuning_*: of a subject, mean over subjects.
+    training_*: mean over seeds. tuning_*: of a subject, mean over subjects. class_*: of a class's pictures, which a
+    tuning with prior preservation needs; mean over classes. machines: that trainings and tunings ran on.
     """
     rows = []
     for name, budget in dict.fromkeys((one.method, one.budget) for one in plan.entries(config)):
         made_by, source = config.weights_of(name)
+        costs: list[dict[str, Any]] = []
         row = {
             **picture_of(config, name),
             "method": plan.name_of(name, budget),
@@ -180,18 +199,32 @@ def ledger(config: Tournament) -> list[dict[str, Any]]:
         }
         if source.kind == "trained":
             runs = [plan.training_folder(config, made_by, budget, seed) for seed in config.seeds_of(name)]
-            row |= training_costs([plan.cost_of(source, run) for run in runs])
+            costs = [plan.cost_of(source, run) for run in runs]
+            row |= training_costs(costs)
         elif source.kind == "tuned":
             folders = [plan.training_folder(config, made_by, plan.TUNED, seed) for seed in config.seeds_of(name)]
             steps = sorted(step for folder in folders for step in (folder / plan.MODELS).glob("*/step-*"))
-            found = training_costs([plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in steps)])
+            costs = [plan.cost_of(source, one) for one in dict.fromkeys(one.parent for one in steps)]
+            found = training_costs(costs)
             last = max(int(step.name.partition("-")[2]) for step in steps)
             flag = "late" if config.methods[name].kind == "blended" else "step"  # where on the tuning it is drawn
             share = config.number(flag, last, plan.chosen(config, name)) / last
             found |= {key: found[key] * share for key in ("training_samples", "training_seconds", "training_flops")}
             row |= {f"tuning{key.removeprefix('training')}": value for key, value in found.items()}
-        rows.append(row)
+            if prior := config.prior_of(source):
+                row |= class_costs(Path(prior["folder"]))
+        rows.append(row | {"machines": sorted({one["machine"] for one in costs})})
     return rows
+
+
+def class_costs(folder: Path) -> dict[str, Any]:
+    """What drawing the pictures of a class has cost; see `pig.training.tuned.draw_class_pictures`."""
+    found = []
+    for file in sorted(folder.glob(f"*/{TOLD}")):
+        told = read_json(file, "")
+        check_kinds(told, dict.fromkeys(("flops", "seconds"), (int, float)), str(file))
+        found.append(told)
+    return {f"class_{key}": fmean(one[key] for one in found) for key in ("flops", "seconds")} if found else {}
 
 
 def picture_of(config: Tournament, method: str) -> dict[str, Any]:

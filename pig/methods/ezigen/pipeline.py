@@ -171,6 +171,11 @@ class EZIGenPipeline(SubjectPipeline):
         self.network = network or EZIGenNet(unet, adapters=adapters)
 
     @classmethod
+    def further_models(cls, base: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        stops_by_rule = settings.get("loops") is None and not settings.get("transfer_everywhere")
+        return (CLIP,) if stops_by_rule and base != TOYWORLD else ()
+
+    @classmethod
     def from_backbone(
         cls,
         backbone: Backbone,
