@@ -295,7 +295,8 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     given = [f"subjects={toy_data / 'subjects'}", f"prompts={prompts}", "drawing=--steps=50 --images_per_prompt=3"]
     config = load_config(CONFIG, [f"out={tmp_path}", "same_time=false", "partial=''", *without_trials(), *given])
     chain = tmp_path / "chain.yaml"
-    chain.write_text("captions: {count: 1}\nimages: {model: a/b, size: 512, steps: 10}\nquality: {clip: c}\nmasks: {sam: s, clip: c}\n")
+    models = "quality: {clip: c}\nmasks: {sam: s, clip: c}\n"
+    chain.write_text("captions: {count: 1}\nimages: {model: a/b, size: 512, steps: 10}\n" + models)
     config.data = [f"data_gen {chain} output={tmp_path} captions.count=2000"]
     kept = ("bootpig", "dreambooth", "dreambooth_lora", "dreamblend", "base")
     config.methods = {name: config.methods[name] for name in kept}

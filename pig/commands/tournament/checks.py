@@ -95,7 +95,7 @@ def _check_commands(config: Tournament) -> None:
     from pig.commands.tune import TuneCLI
 
     score = plan.Step("scores", (*plan.scorer(config), "--images=-", "--subjects=-", "--out=-"))
-    stages = {**plan.stages(config, []), "scoring": [[score]]}
+    stages: dict[str, Sequence[plan.Chain]] = {**plan.stages(config, []), "scoring": [[score]]}
     seen = set()
     for name, step in ((name, step) for name, chains in stages.items() for chain in chains for step in chain):
         program, *words = step.words
