@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from data_gen.config import DatagenConfig, load_config
+from data_gen.config import load_config
 from data_gen.photos import pack_photos, write_masks
 from data_gen.toyworld import PARTIAL_SHARE, draw_subjects, draw_triplets
 from pig.arguments import Parser, parse
@@ -118,14 +116,14 @@ def encode(
     encode_shards(shards, base, out, resolution, variants, augmentation or ReferenceAugmentation(), half)
 
 
-def read_encode(arguments: list[str]) -> Callable[[], None]:
+def run_encode(arguments: list[str]) -> None:
     parser = Parser(prog="python -m data_gen encode", description=encode.__doc__)
     parser.add_argument("shards", nargs="+", type=str, help="folders, globs or brace patterns")
     parser.add_argument("--half", action="store_true", help="float16 instead of float32: half the space")
     parser.add_function_arguments(encode, as_positional=False, skip={"shards", "half"})
     refuse_empty(arguments, "--out")
     chosen = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
-    return partial(encode, **chosen)
+    encode(**chosen)
 
 
 def inspect(folder: list[Path], /, out: Path | None = None) -> None:
@@ -142,26 +140,23 @@ def inspect(folder: list[Path], /, out: Path | None = None) -> None:
     inspect_shards(folder[0], out or folder[0])
 
 
-def read(arguments: list[str]) -> Callable[[], None]:
-    """What these arguments ask for, not yet done.
-
-    Raises:
-        InputError: an argument, or an entry of the config, that there is not, or that does not fit.
-    """
+def run(arguments: list[str]) -> None:
     command = arguments[0] if arguments else ""
     if command == "encode":
-        return read_encode(arguments[1:])
+        run_encode(arguments[1:])
+        return
     if command in COMMANDS:
         function, values = parse(f"python -m data_gen {command}", f"data_gen.__main__:{command}", arguments[1:])
-        return partial(function, **values)
+        function(**values)
+        return
     parser = argparse.ArgumentParser(
         prog="python -m data_gen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stage, rest = (command, arguments[1:]) if command in STAGES else (None, arguments)
+    stage = arguments.pop(0) if command in STAGES else None
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/datagen/toyworld.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value", help="over the config: captions.count=1000")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and how long it would take here")
-    chosen = parser.parse_intermixed_args(rest)
+    chosen = parser.parse_intermixed_args(arguments)
     overrides = [word for word in chosen.words if "=" in word]
     folders = [Path(word) for word in chosen.words if "=" not in word]
     if stage and chosen.dry_run:
@@ -169,10 +164,6 @@ def read(arguments: list[str]) -> Callable[[], None]:
     if len(folders) > bool(stage):
         raise InputError(f"expected key=value, got {folders[-1]}")
     config = load_config(chosen.config, overrides)
-    return partial(run_chain, config, stage, folders, dry=chosen.dry_run)
-
-
-def run_chain(config: DatagenConfig, stage: str | None, folders: list[Path], *, dry: bool) -> None:
     # Imported here: heavy, and neither drawing, nor packing, nor a mistake in the config needs them.
     from data_gen.run import dry_run, generate, stage_alone
     from pig.executors import quiet
@@ -180,14 +171,10 @@ def run_chain(config: DatagenConfig, stage: str | None, folders: list[Path], *, 
     quiet()
     if stage:
         stage_alone(stage, config, *folders)
-    elif dry:
+    elif chosen.dry_run:
         dry_run(config)
     else:
         generate(config)
-
-
-def run(arguments: list[str]) -> None:
-    read(arguments)()
 
 
 def main() -> None:

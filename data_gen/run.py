@@ -118,6 +118,8 @@ def complete(config: DatagenConfig, number: int) -> bool:
 def plan(config: DatagenConfig) -> Table:
     """What will be made, by what, and how much disk it takes."""
     samples, size = sample_count(config), config.images.size
+    # A JPEG of quality 95 and a PNG of an object on nothing: about 1.6 bytes a pixel, plus the tar's headers.
+    disk = samples * (1.6 * size**2 + 4096)
     work = config.workers * config.shards.size * size**2 * 4
     table = Table(title="plan", show_header=False)
     for name, value in {
@@ -128,16 +130,10 @@ def plan(config: DatagenConfig) -> Table:
         "masks by": masker(config.masks),
         "judged by": config.quality.clip,
         "workers": f"{config.workers} ({config.executor}, {device_of(0).split(':')[0]})",
-        "disk": f"about {size_of(disk_of(config))}, and {size_of(work)} while at work",
+        "disk": f"about {size_of(disk)}, and {size_of(work)} while at work",
     }.items():
         table.add_row(name, value)
     return table
-
-
-def disk_of(config: DatagenConfig) -> float:
-    """Bytes of all shards: a JPEG of quality 95 and a PNG of an object on nothing, about 1.6 a pixel, plus the tar's
-    headers."""
-    return sample_count(config) * (1.6 * config.images.size**2 + 4096)
 
 
 def size_of(count: float) -> str:

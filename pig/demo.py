@@ -51,12 +51,14 @@ SAMPLING: dict[str, Any] = {"image_guidance": 5.0, "text_guidance": 1.5, "num_in
 BASE = {"text_guidance": 3.0, "num_inference_steps": 20}  # the base model's usual guidance
 SAMPLING_BATCH = 8
 CONDITIONS = ("no_reference", "untrained", "trained_1_reference", "trained_3_references", "upper_bound")
-# The other embedded models, which draw the grid's subjects only, from one reference: a column's head, settings.
+# The other embedded models, which draw the grid's subjects only, from one reference: a column's head, and the settings
+# that the tournament's trials chose.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ezigen": ("EZIGen", {"image_guidance": 3.0, "num_inference_steps": 20}),
-    "instantbooth": ("InstantBooth", {"text_guidance": 3.0, "num_inference_steps": 20}),
-    "ip_adapter": ("IP-Adapter", {"text_guidance": 3.0, "num_inference_steps": 20}),
+    "ezigen": ("EZIGen", {"image_guidance": 3.0, "text_guidance": 1.5}),
+    "instantbooth": ("InstantBooth", {"beta": 0.3, "alpha": 0.4, "text_guidance": 3.0}),
+    "ip_adapter": ("IP-Adapter", {"scale": 1.5, "text_guidance": 5.0}),
 }
+OTHERS_SAMPLER = {"scheduler": "dpm++", "num_inference_steps": 20}
 SHOWN = 8  # subjects of the grid
 COLUMNS = (
     "reference",
@@ -202,7 +204,8 @@ def draw_all(out: Path, subjects: Sequence[SubjectFolder]) -> None:
     cutouts = cut_out_all(subjects, 1)
     for name, (_, settings) in OTHERS.items():
         pipeline, folder = load_pipeline(f"{TOYWORLD}/{name}"), condition_folder(out, name)
-        draw_jobs(pipeline, grid_jobs(jobs), cutouts, folder, settings, batch_size=SAMPLING_BATCH)
+        told = {**settings, **OTHERS_SAMPLER}
+        draw_jobs(pipeline, grid_jobs(jobs), cutouts, folder, told, batch_size=SAMPLING_BATCH)
     draw_truth(jobs, condition_folder(out, "upper_bound"))
 
 

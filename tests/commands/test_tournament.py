@@ -317,9 +317,8 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     assert plain < one < four < 10 * plain
     assert passes("dreamblend: a picture") > 2 * plain
     (total,) = (key for key in rows if key.endswith("sets; all"))
-    assert (
-        total == f"{12 * 2 * 3 * 10:,} pictures in 10 sets; all"
-    )  # three of bootpig, one of each tuned by two seeds; base
+    # Three of bootpig, one of each tuned by two seeds; base.
+    assert total == f"{12 * 2 * 3 * 10:,} pictures in 10 sets; all"
     unit = float(rows["UNet, a forward pass"].split()[0]) * 1e12
     parts = re.fullmatch(r"([\d.]+) EFLOP \((.*)\)", rows[total])
     assert parts is not None
@@ -342,10 +341,10 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -
     each = 2 * of_given[0] + of_given[1] + 2 * of_tuned + tflop("base: a picture")
     assert drawing == pytest.approx(each * 72 / 1e6, abs=0.01)
     # Of Stable Diffusion's 865.9 M weights: BootPIG's, of two seeds, at 14 bytes; DreamBooth's of 12 subjects and two
-    # seeds, four steps kept, at 2 bytes, and its LoRA's. And 792 pictures of 512 x 512 x 3 bytes.
+    # seeds, four steps kept, at 2 bytes, and its LoRA's. And 720 pictures of 512 x 512 x 3 bytes.
     bootpig = sum(weight.numel() for weight in toy_module(config.methods["bootpig"]).trainable().values())
     lora = sum(weight.numel() for weight in toy_module(config.methods["dreambooth_lora"]).trainable().values())
     models = 865.9e6 * (2 * 14 * bootpig / 10.46e6 + 2 * 12 * 4 * 2 * (1 + lora / 10.46e6)) / 1e9
     found = re.fullmatch(r"(\d+) GB of models, at most (\d+) GB of pictures", rows["on disk"])
     assert int(found[1]) == pytest.approx(models, rel=0.01)
-    assert int(found[2]) == round(12 * 2 * 3 * 11 * 512 * 512 * 3 / 1e9)
+    assert int(found[2]) == round(12 * 2 * 3 * 10 * 512 * 512 * 3 / 1e9)

@@ -142,7 +142,6 @@ def test_words_that_generate_will_not_take(tmp_path, given, message) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("data=[data_gen subjects --owt=x]", "data, python -m data_gen subjects --owt=x: .*did you mean --out"),
         ("methods.ezigen.words=--trainer.max_stepz=1", "training, equal samples, .*max_stepz"),
         ("methods.textual_inversion.words=--model.lrr=1e-2", "tuning, python -m pig.cli tune .*lrr"),
         ("scoring=--segmeter=sam", "python -m pig.cli evaluate .*did you mean --segmenter"),

@@ -27,7 +27,7 @@ def check_plan(config: Tournament) -> None:
     """
     Raises:
         InputError: a claim names an entry, a score or a kind of prompt that there will not be; or a command would not
-            take its words: `generate` those of a method, a trial or a condition, any other one its own.
+            take its words: `generate` those of a method, a trial or a condition; `fit`, `tune` and `evaluate` theirs.
     """
     _check_claims(config)
     _check_commands(config)
@@ -89,8 +89,8 @@ def check_subjects(config: Tournament) -> None:
 
 
 def _check_commands(config: Tournament) -> None:
-    """Read the arguments of each command but `generate`'s."""
-    from data_gen.__main__ import read as read_data  # which is no part of this package
+    """Read the arguments of `fit`, `tune` and `evaluate`. (Those of the data's commands, which come first, are read by
+    themselves.)"""
     from pig.commands.fit import CLI
     from pig.commands.tune import TuneCLI
 
@@ -104,9 +104,7 @@ def _check_commands(config: Tournament) -> None:
             continue
         seen.add(own)
         try:
-            if program == "data_gen":
-                read_data(words)
-            elif words[0] == "fit":
+            if words[0] == "fit":
                 CLI(words[1:], run=False, built=False)
             elif words[0] == "tune":
                 TuneCLI(words[1:], built=False)

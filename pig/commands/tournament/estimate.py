@@ -242,7 +242,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         ("UNet, a forward pass", f"{full.unet / 1e12:.2f} TFLOP"),
         ("VAE, encoding; decoding a picture", f"{full.encoded / 1e12:.2f}; {full.decoded / 1e12:.2f} TFLOP"),
     ]
-    left_out = ["captions, masks and rejected pictures of the data", "trials", "scores"]
+    left_out = ["captions, masks and rejected pictures of the data, and its disk", "trials", "scores"]
     try:
         prompts = Path(config.path(config.prompts)) if config.prompts else None
         subjects = read_subjects(config.path(config.subjects), prompts)
@@ -306,9 +306,7 @@ def estimate(config: Tournament) -> list[tuple[str, str]]:
         weights.get(one.method, 0.0) * bytes_of_weight(config, one, len(subjects)) for one in plan.entries(config)
     )
     most = pictures * sets * 3 * (unet.config.sample_size * 8) ** 2
-    triplets = sum(disk_of_data(file, over) for file, over in chains_of_data(config))
-    told = {"models": models, "triplets": triplets, "pictures at most": most}
-    rows.append(("on disk", "; ".join(f"{what} {count / 1e9:,.0f} GB" for what, count in told.items())))
+    rows.append(("on disk", f"{models / 1e9:,.0f} GB of models, at most {most / 1e9:,.0f} GB of pictures"))
     rows.append(("not counted", "; ".join(left_out)))
     rows.append(("needed: downloads, files", ", ".join(hub_ids(config)) or "none"))
     return rows
@@ -318,13 +316,6 @@ def cost(passes: Passes, full: Passes) -> str:
     pictures = {"encoded": passes.encoded, "decoded": passes.decoded}
     told = [f"{passes.unet:,.1f} passes", *(f"{count:.0f} {what}" for what, count in pictures.items() if count)]
     return f"{', '.join(told)}: {passes.flops(full) / 1e12:,.1f} TFLOP"
-
-
-def disk_of_data(file: str, over: Sequence[str]) -> float:
-    from data_gen.config import load_config  # which is no part of this package
-    from data_gen.run import disk_of
-
-    return disk_of(load_config(Path(file), list(over)))
 
 
 def bytes_of_weight(config: Tournament, entry: plan.Entry, subjects: int) -> int:
