@@ -8,12 +8,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pig.costs import SD21_VAE
 from pig.models.names import WEIGHTS
 
 # Stable Diffusion 2.1-base's configuration (its unet/, vae/ and text_encoder/config.json), and the same in miniature.
 SD21: dict[str, Any] = {
     "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20)},
-    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512},
+    "vae": {**SD21_VAE, "sample_size": 512},
     "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
 }
 TINY: dict[str, Any] = {
@@ -33,7 +34,7 @@ def random_networks(config: dict[str, Any], words: int) -> tuple[UNet2DCondition
         **config["unet"],
     )
     four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(**config["vae"], **four)
+    vae = AutoencoderKL(**{**four, **config["vae"]})
     tokens = {"vocab_size": words, "bos_token_id": None, "eos_token_id": words - 1}
     return unet, vae, CLIPTextModel(CLIPTextConfig(**config["text"], **tokens, hidden_act="gelu"))
 

@@ -157,7 +157,9 @@ def draw_class_pictures(
     with locked(folder, wait=True):
         missing = [number for number, file in enumerate(wanted.files(noun)) if not is_whole(file)]
         how = {
-            **{"prompt": class_prompt(noun), "steps": wanted.steps, "text_guidance": settings.get("text_guidance")},
+            "prompt": class_prompt(noun),
+            "steps": wanted.steps,
+            "text_guidance": settings.get("text_guidance"),
             "base_digest": digest,
         }
         _claim(folder, how, base)

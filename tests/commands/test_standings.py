@@ -153,6 +153,8 @@ def test_a_tuning_costs_as_far_as_it_is_drawn(tmp_path) -> None:
     for noun, flops in (("boat", 100), ("mug", 300)):
         (tmp_path / "class_pictures" / noun).mkdir(parents=True)
         (tmp_path / "class_pictures" / noun / "class.json").write_text(json.dumps({"flops": flops, "seconds": 1.5}))
+    (tmp_path / "class_pictures/cat").mkdir()
+    (tmp_path / "class_pictures/cat/class.json").write_text(json.dumps({"prompt": "killed before its cost was noted"}))
     rows = ledger(config)
     assert [(row["class_flops"], row["class_seconds"], row["machines"]) for row in rows] == [(200, 1.5, ["a"])] * 2
     assert [(row["tuning_samples"], row["tuning_seconds"]) for row in rows] == [(100, 15), (200, 30)]

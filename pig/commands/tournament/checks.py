@@ -73,9 +73,9 @@ def check_subjects(config: Tournament) -> None:
         key: {sha256_of(image): image for images in of.get(key, {}).values() for image in images}
         for key in ("subjects", "validation")
     }
-    for same in pictures["subjects"].keys() & pictures["validation"].keys():
+    if same := pictures["subjects"].keys() & pictures["validation"].keys():
         raise InputError(
-            f"validation={folders['validation']} holds {pictures['validation'][same].name} of the benchmark: settings "
+            f"validation={folders['validation']} holds {pictures['validation'][min(same)]} of the benchmark: settings "
             "must be chosen on other subjects"
         )
     if "partial" in of and of["partial"].keys() != of["subjects"].keys():

@@ -175,8 +175,7 @@ def hub_ids(config: Tournament) -> list[str]:
         words = config.split(line)
         trees += [{name: value} for name in IDS for value in values_of(words, f"--{name}")]
     base = config.base.removeprefix("base:")
-    further = [{"model": one} for name in config.methods for one in further_models(config, name, base)]
-    trees += further
+    trees += [{"model": one} for name in config.methods for one in further_models(config, name, base)]
     for method in config.methods.values():
         if method.config:
             told = read_config(method.config)

@@ -99,13 +99,12 @@ def read_standings(config: Tournament, guests: Sequence[Path]) -> list[Standing]
 def of_shared_seeds(standings: Sequence[Standing]) -> list[Standing]:
     """The same with the training seeds alone that all of them have, of those that are trained; where no seed is shared,
     with all."""
-    trained = [one.seeds for one in standings if one.seeds]
-    shared = [seed for seed in trained[0] if all(seed in seeds for seeds in trained)] if trained else []
+    trained = [set(one.seeds) for one in standings if one.seeds]
+    shared = set.intersection(*trained) if trained else set()
     found = []
     for one in standings:
-        kept = [at for at, seed in enumerate(one.seeds) if seed in shared]
-        seeds, results = tuple(one.seeds[at] for at in kept), tuple(one.results[at] for at in kept)
-        found.append(replace(one, seeds=seeds, results=results) if kept else one)
+        kept = {seed: result for seed, result in zip(one.seeds, one.results, strict=False) if seed in shared}
+        found.append(replace(one, seeds=tuple(kept), results=tuple(kept.values())) if kept else one)
     return found
 
 
@@ -222,8 +221,9 @@ def class_costs(folder: Path) -> dict[str, Any]:
     found = []
     for file in sorted(folder.glob(f"*/{TOLD}")):
         told = read_json(file, "")
-        check_kinds(told, dict.fromkeys(("flops", "seconds"), (int, float)), str(file))
-        found.append(told)
+        if "flops" in told:  # not where drawing was killed behind its last picture
+            check_kinds(told, dict.fromkeys(("flops", "seconds"), (int, float)), str(file))
+            found.append(told)
     return {f"class_{key}": fmean(one[key] for one in found) for key in ("flops", "seconds")} if found else {}
 
 
