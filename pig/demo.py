@@ -34,7 +34,7 @@ from pig.data.subjects import SubjectFolder, read_subjects
 from pig.data.transforms import load_image
 from pig.evaluation.benchmark import Scorer
 from pig.evaluation.figures import curve_svg, read_curve
-from pig.evaluation.report import Section, write_report
+from pig.evaluation.report import Section, figures_of, write_report
 from pig.evaluation.tables import means_table
 from pig.methods import load_pipeline
 from pig.methods.bootpig import BootPIG
@@ -117,7 +117,7 @@ def main() -> None:
     config = (logs[-1] / "config.yaml").read_text(encoding="utf-8")
     sections = [
         Section("Pictures", Markup('<img alt="grid of pictures" src="{}">').format(grid)),
-        Section("Training loss", Markup('<div class="curve">{}</div>').format(Markup(curve_svg(curve)))),
+        Section("Training loss", figures_of(curve_svg(curve))),
         Section("Settings", Markup("<pre>{}</pre>").format(config)),
     ]
     write_report(results, out, title="BootPIG on the toy world", summary=summary, sections=sections)

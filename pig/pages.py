@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,14 @@ def render(template: Path, **values: Any) -> str:
         loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {}  # in the order of the data
+    environment.filters["words"] = columns_of_words
     return environment.get_template(template.name).render(**values)
+
+
+def columns_of_words(rows: Iterable[Sequence[str]]) -> list[bool]:
+    """Of each column of a table whether a cell of it has a letter."""
+    columns = zip_longest(*rows, fillvalue="")
+    return [any(letter.isalpha() for cell in column for letter in Markup(cell).striptags()) for column in columns]
 
 
 def data_uri(picture: bytes, kind: str) -> str:

@@ -61,7 +61,7 @@ def write_report(
     body = list(lead) or [scores]
     points = [Point(result.name, result.per_subject()) for result in results]
     if not lead and (len(first.subjects) > 1 or several):
-        body.append(Section("The plane", figure_of(plane_svg(points, fixed_of(first), ceiling_of(first)))))
+        body.append(Section("The plane", figures_of(plane_svg(points, fixed_of(first), ceiling_of(first)))))
     moves = json.dumps({result.name: result.moves for result in results}, indent=1)
     tail = [
         *([scores] if lead else []),
@@ -90,8 +90,9 @@ def write_report(
     (out / "report.html").write_text(page, errors="backslashreplace", encoding="utf-8")
 
 
-def figure_of(svg: str) -> Markup:
-    return Markup('<div class="plane">{}</div>').format(Markup(svg))
+def figures_of(*svgs: str) -> Markup:
+    """Side by side, or one below the other where the page is narrow."""
+    return Markup('<div class="figures">{}</div>').format(Markup("").join(map(Markup, svgs)))
 
 
 def _cell(scores: Mapping[str, Score], name: str) -> str:

@@ -33,6 +33,7 @@ from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.evaluation.study import questions
+from pig.pages import Markup, columns_of_words
 
 
 def test_odd_names(bench, capsys) -> None:
@@ -200,6 +201,19 @@ def test_the_plane_shows_every_setting_apart() -> None:
     places = list(labels.values())
     assert all(abs(a[1] - b[1]) > 8 or abs(a[0] - b[0]) > 45 for i, a in enumerate(places) for b in places[:i])
     assert plane_svg(points) == plane_svg(points)
+
+
+def test_the_plane_ties_longer_trainings_to_their_points() -> None:
+    scores = {"dino": [0.2, 0.4], "clip_t": [0.4, 0.4]}
+    points = [Point("a", scores, {"dino": [0.6], "clip_t": [0.4]}), Point("b", scores, scores), Point("c", scores)]
+    lines = [e.text for e in xml.etree.ElementTree.fromstring(plane_svg(points, longer="in more time")).iter()]
+    assert lines.count("in more time") == 1  # in the legend
+    assert "in more time" not in plane_svg(points[2:], longer="in more time")
+
+
+def test_columns_of_words_are_set_left() -> None:
+    rows = [("a_1", ".5 [.4, .6]", "1 picture"), ("b", Markup(".5 <small>[.4, .6]</small>"), ""), ("c",)]
+    assert columns_of_words(rows) == [True, False, True]
 
 
 def test_a_sweep_of_settings(tmp_path, monkeypatch, capsys) -> None:

@@ -30,8 +30,8 @@ from pig.commands.tournament.standings import (
     trials_of,
 )
 from pig.evaluation.compare import Difference, check_alike, signed
-from pig.evaluation.figures import Point, plane_svg, svg_of
-from pig.evaluation.report import Section, Table, ceiling_of, figure_of, fixed_of, write_report
+from pig.evaluation.figures import Point, label_points, plane_svg, svg_of
+from pig.evaluation.report import Section, Table, ceiling_of, figures_of, fixed_of, write_report
 from pig.evaluation.statistics import interval
 from pig.evaluation.tables import BOUNDS, TITLES, cell, plain, short
 from pig.files import write_text
@@ -108,9 +108,8 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     found = find(config, guests)
     tables, drawn = all_tables(config, found), plane(found.first)
     lead = [
-        Section("The plane", figure_of(drawn)),
+        Section("The planes", figures_of(drawn, *scatters(found.first, found.costs))),
         *(Section(name, tables=[table], note=note) for name, table, note in tables),
-        Section("Scores over costs", figure_of(scatter(found.first, found.costs))),
     ]
     trained = any(method.kind == "trained" for method in config.methods.values())
     length = f"; trained on {config.samples:,} samples each" if trained else ""
@@ -143,9 +142,9 @@ def all_tables(config: Tournament, found: Findings) -> list[tuple[str, Table, st
     if found.condition_gaps["dino"]:
         heading = f"Differences to {config.against} under other conditions"
         tables.append((heading, gaps_table(list(found.condition_gaps.values())), GAPS))
-    tables.append(("Settings", settings_table(config, found), SETTINGS))
     machines = "; ".join(sorted({one for row in found.costs for one in row["machines"]}))
     tables.append(("Costs", costs_table(found.costs), f"{LEDGER} Trainings and tunings ran on: {machines}."))
+    tables.append(("Settings", settings_table(config, found), SETTINGS))
     return tables
 
 
@@ -184,7 +183,7 @@ def given(first: Sequence[Standing]) -> str:
     for one in first:
         if one.condition:
             of.setdefault(one.condition, []).append(one.name)
-    return " ".join(f"Given {condition}: {', '.join(names)}." for condition, names in of.items())
+    return " ".join(f"Given {condition}: {'; '.join(names)}." for condition, names in of.items())
 
 
 def scores_table(found: Findings) -> Table:
@@ -196,7 +195,7 @@ def scores_table(found: Findings) -> Table:
             f"{place} [{low}, {high}]" for place, low, high in (found.ranks[score][one.name] for score in COMPARED)
         ]
         apart = short(one.spread("dino")) if len(one.results) > 1 else ""
-        rows.append(("all", [one.name, *cells, f"{one.copied():.1%}", *places, apart]))
+        rows.append(("", [one.name, *cells, f"{one.copied():.1%}", *places, apart]))
     for name, scores in found.against.results[0].bounds.items():
         rows.append(("bound", [BOUNDS[name], *(cell(scores, score) for score in SCORES)]))
     return Table(head, [(sort, [*cells, *[""] * (len(head) - len(cells))]) for sort, cells in rows])
@@ -218,7 +217,7 @@ def gaps_table(of: Sequence[Sequence[Difference]]) -> Table:
     rows = []
     for row in zip(*of, strict=True):
         cells = [text for gap in row for text in (with_bounds(gap), f"{gap.p_holm:.4f}")]
-        rows.append(("all", [row[0].other, *cells]))
+        rows.append(("", [row[0].other, *cells]))
     return Table(head, rows)
 
 
@@ -229,7 +228,7 @@ def claims_table(of: Sequence[Tested]) -> Table:
         what = f"{TITLES[claim.score]}: {claim.higher} - {claim.lower}"
         what += f" ({claim.prompts} prompts)" if claim.prompts else ""
         found = ["", ""] if gap is None else [with_bounds(gap), f"{gap.p_holm:.4f}"]
-        rows.append(("all", [claim.says, one.verdict, *found, what, claim.source]))
+        rows.append(("", [claim.says, one.verdict, *found, what, claim.source]))
     return Table(["claim", "", "found", "p, Holm", "compared", "source"], rows)
 
 
@@ -239,8 +238,8 @@ def kinds_table(found: Findings) -> Table:
         for one in found.first:
             means = [list(one.per_subject(score, kind).values()) for score in SCORES]
             cells = [short(fmean(values)) if values else "" for values in means]
-            rows.append(("all", [kind, one.name, *cells, f"{one.copied(kind):.1%}"]))
-    return Table(["prompts", "", *(TITLES[score] for score in SCORES), "copies"], rows)
+            rows.append(("", [one.name, kind, *cells, f"{one.copied(kind):.1%}"]))
+    return Table(["", "prompts", *(TITLES[score] for score in SCORES), "copies"], rows)
 
 
 def conditions_table(standings: Sequence[Standing]) -> Table:
@@ -249,9 +248,10 @@ def conditions_table(standings: Sequence[Standing]) -> Table:
         if one.condition:
             of.setdefault(one.name, []).append(one)
     rows = []
-    for one in chain.from_iterable(map(of_shared_seeds, of.values())):
+    under_several = [each for each in of.values() if len(each) > 1]
+    for one in chain.from_iterable(map(of_shared_seeds, under_several)):
         cells = [with_interval(list(one.per_subject(score).values())) for score in COMPARED]
-        rows.append(("all", [one.name, one.condition, *cells]))
+        rows.append(("", [one.name, one.condition, *cells]))
     return Table(["", "given", *(TITLES[score] for score in COMPARED)], rows)
 
 
@@ -260,16 +260,16 @@ def settings_table(config: Tournament, found: Findings) -> Table:
     for name, trials in found.trials.items():
         words = plan.chosen(config, name)
         if not trials:
-            rows.append(("all", [name, shlex.join(words), "", "", "no trials"]))
+            rows.append(("", [name, shlex.join(words), "", "", "no trials"]))
         for line, means in trials.items():
             choice = "chosen" if plan.words_of(config, name, config.split(line)) == words else ""
-            rows.append(("all", [name, line, *(short(means[score]) for score in COMPARED), choice]))
+            rows.append(("", [name, line, *(short(means[score]) for score in COMPARED), choice]))
     return Table(["", "drawn with", *(TITLES[score] for score in COMPARED), ""], rows)
 
 
 def costs_table(costs: Sequence[Mapping[str, Any]]) -> Table:
     shown = [key for key in COSTS if any(row.get(key) is not None for row in costs)]
-    rows = [("all", [row["method"], *(_cost(row.get(key), COSTS[key][1]) for key in shown)]) for row in costs]
+    rows = [("", [row["method"], *(_cost(row.get(key), COSTS[key][1]) for key in shown)]) for row in costs]
     return Table(["", *(COSTS[key][0] for key in shown)], rows)
 
 
@@ -277,30 +277,39 @@ def _cost(value: float | None, factor: float) -> str:
     return "" if value is None else f"{value * factor:,.3g}" if value * factor < 1000 else f"{value * factor:,.0f}"
 
 
-def scatter(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> str:
+def scatters(first: Sequence[Standing], costs: Sequence[Mapping[str, Any]]) -> list[str]:
     """DINO and CLIP-T over what a subject's first picture costs: tuning, the pictures of its class, and drawing. Of
     equal samples only."""
     parts = ("flops_per_picture", "tuning_flops", "class_flops")
     flops = {row["method"]: sum(row.get(part) or 0 for part in parts) for row in costs}
     shown = [one for one in first if one.budget != plan.TIME and one.name in flops]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for number, score in enumerate(COMPARED, 1):
-        axes = figure.add_subplot(1, 2, number, xlabel="FLOPs of tuning, class pictures and one picture", xscale="log")
+    found = []
+    for score in COMPARED:
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="FLOPs of tuning, class pictures and one picture", xscale="log")
         axes.set_ylabel(TITLES[score])
         axes.grid(color="#e5e5e5")
         axes.margins(0.2)
-        for one in shown:
-            at = flops[one.name], fmean(one.per_subject(score).values())
-            axes.plot(*at, "o", color="#117755", markersize=5)
-            axes.annotate(one.name, at, (6, 4), textcoords="offset points", fontsize=9)
-    return svg_of(figure)
+        places = [(one.name, flops[one.name], fmean(one.per_subject(score).values())) for one in shown]
+        for _, x, y in places:
+            axes.plot(x, y, "o", color="#117755", markersize=5)
+        label_points(figure, axes, places)
+        found.append(svg_of(figure))
+    return found
 
 
 def plane(first: Sequence[Standing]) -> str:
     """DINO over CLIP-T of all methods."""
-    points = [Point(one.name, {score: list(one.per_subject(score).values()) for score in COMPARED}) for one in first]
+    of = {
+        (one.method, one.budget): {score: list(one.per_subject(score).values()) for score in COMPARED} for one in first
+    }
+    points = [
+        Point(method, scores, of.get((method, plan.TIME)))
+        for (method, budget), scores in of.items()
+        if budget != plan.TIME
+    ]
     bounds = first[0].results[0]
-    return plane_svg(points, fixed_of(bounds), ceiling_of(bounds))
+    return plane_svg(points, fixed_of(bounds), ceiling_of(bounds), longer="equal time")
 
 
 def markdown(tables: Sequence[tuple[str, Table, str]]) -> str:
