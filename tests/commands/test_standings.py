@@ -321,7 +321,15 @@ def test_killed_and_continued_it_ends_with_the_same_numbers(tmp_path) -> None:
     theirs = tmp_path / "theirs"
     (made,) = (outs[0] / "base").rglob("images")
     shutil.copytree(made, theirs)
-    done = subprocess.run([*command_of(tmp_path / "whole.yaml"), f"--also={theirs}"], capture_output=True, text=True)
+    records = {file: file.stat().st_mtime_ns for file in (outs[0] / "records").rglob("*.json")}
+    joins = "methods.ip_adapter={config: configs/ip_adapter/toyworld.yaml, words: --data.batch_size=8}"
+    words = command_of(tmp_path / "whole.yaml", joins, f"--also={theirs}")
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     joined = {one["method"]: one for one in json.loads((outs[0] / "tournament.json").read_text())["standings"]}
     assert joined["theirs"]["dino"] == joined["base"]["dino"]
+    assert {method: joined[method] for method in joined.keys() - {"theirs", "ip_adapter"}} == {
+        one["method"]: one for one in told["standings"]
+    }
+    assert joined["ip_adapter"]["dino"] != joined["bootpig"]["dino"]
+    assert {file: file.stat().st_mtime_ns for file in records} == records  # nothing was done again

@@ -76,7 +76,7 @@ def test_who_takes_part(file) -> None:
     assert (told.references, len(told.seeds), told.same_time) == ([1, 4], 2, True)
     # Those that have an image guidance, at one value.
     assert {name: method.common for name, method in told.methods.items() if method.common} == dict.fromkeys(
-        ("bootpig", "ezigen"), "--image_guidance=3"
+        ("bootpig", "ezigen"), f"--image_guidance={5 if file == CONFIG else 3}"
     )
 
 
@@ -225,7 +225,7 @@ def test_methods_join_a_folder_that_is_begun(tmp_path) -> None:
         claim()
     with pytest.raises(InputError, match="was begun with samples=3200, now it is 9600"):
         claim(joins, "samples=9600")
-    with pytest.raises(InputError, match="was begun with methods.bootpig.common='--image_guidance=3'"):
+    with pytest.raises(InputError, match="was begun with methods.bootpig.common='--image_guidance=5'"):
         claim(joins, "methods.bootpig.common=--image_guidance=4")
     mine.write_text(mine.read_text() + "\n")
     with pytest.raises(InputError, match="was begun with contents"):

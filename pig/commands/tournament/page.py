@@ -108,7 +108,7 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
     found = find(config, guests)
     tables, drawn = all_tables(config, found), plane(found.first)
     lead = [
-        Section("The planes", figures_of(drawn, *scatters(found.first, found.costs))),
+        Section("The planes", figures_of(drawn, *scatters(found.first, found.costs)), note=PLANES),
         *(Section(name, tables=[table], note=note) for name, table, note in tables),
     ]
     trained = any(method.kind == "trained" for method in config.methods.values())
@@ -117,7 +117,7 @@ def write_pages(config: Tournament, guests: Sequence[Path]) -> list[Path]:
         [one.results[0] for one in found.first if one.budget != plan.TIME],
         config.folder(),
         title="Tournament",
-        summary=[f"{len(config.methods)} methods on {config.base}{length}."],
+        summary=[f"{len(config.methods)} methods on {config.base}{length}.", FIRST_SEED],
         lead=lead,
     )
     out = config.folder()
@@ -148,6 +148,11 @@ def all_tables(config: Tournament, found: Findings) -> list[tuple[str, Table, st
     return tables
 
 
+FIRST_SEED = (
+    "The tables down to Settings are over all training seeds; the images, and the tables below them, are of the first "
+    "one and of equal samples."
+)
+PLANES = "Costs of a subject's first picture. Training, which is done once for all subjects, is in the table of costs."
 NOTE = (
     "Means over subjects, with 95 % intervals (subjects drawn again); of several training seeds the mean, and how far "
     "the seeds lie apart in DINO. Ranks with 95 % intervals. Copies: the share of images that DINO takes for one of "
