@@ -289,7 +289,8 @@ def test_as_many_images_are_scored_as_drawn(tmp_path, file) -> None:
             assert [word for word in score.words if word.startswith("--images_per_prompt")] == drawn
 
 
-def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data) -> None:
+def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data, monkeypatch) -> None:
+    monkeypatch.setattr("pig.commands.tournament.estimate.COUNTED_STEPS", (2, 3))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {0} {1} on a beach\na red {0} {1}\n")
     given = [f"subjects={toy_data / 'subjects'}", f"prompts={prompts}", "drawing=--steps=50 --images_per_prompt=3"]

@@ -172,8 +172,11 @@ def gpu_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gpu")
 
 
+LONG = [pytest.param(part, marks=pytest.mark.slow) for part in ("ladder", "batches")]
+
+
 @fast_half
-@pytest.mark.parametrize("part", gpu.PARTS)
+@pytest.mark.parametrize("part", [*LONG, *(part for part in gpu.PARTS if part not in ("ladder", "batches"))])
 def test_every_part_for_a_gpu_starts_at_tiny_width(part, gpu_folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["gpu", part, "--size=tiny", f"--out={gpu_folder}"])
     gpu.main()

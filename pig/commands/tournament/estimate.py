@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from pig.data.subjects import read_subjects
 from pig.errors import InputError
 from pig.methods import load_pipeline, pipeline_class
 from pig.mistakes import read_config, values_of
-from pig.models.backbone import Backbone, load_backbone, vae_scale
+from pig.models.backbone import load_backbone, vae_scale
 from pig.models.names import TOYWORLD
 from pig.sampling.pipeline import SubjectPipeline
 from pig.sampling.settings import controls
@@ -95,8 +95,8 @@ def vae_flops(vae: AutoencoderKL, size: int) -> tuple[int, int]:
         return flops_of(lambda: vae.encoder(pixels)), flops_of(lambda: vae.decoder(latents))
 
 
-def passes_of(work: Callable[[], int], of: SubjectPipeline | Backbone) -> Passes:
-    """Of work that returns its FLOPs, on the toy world's networks."""
+def passes_of(work: Callable[[], int], vae: AutoencoderKL) -> Passes:
+    """Of work that returns its FLOPs, on the toy world's networks. vae: that it encodes and decodes with."""
     calls = {"encoder": 0, "decoder": 0}
 
     def note(name: str) -> Callable[..., None]:
@@ -105,17 +105,15 @@ def passes_of(work: Callable[[], int], of: SubjectPipeline | Backbone) -> Passes
 
         return hook
 
-    hooks = [getattr(of.vae, name).register_forward_pre_hook(note(name)) for name in calls]
+    hooks = [getattr(vae, name).register_forward_pre_hook(note(name)) for name in calls]
     try:
         flops = work()
     finally:
         for one in hooks:
             one.remove()
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(of.vae.config)
-    encoding, decoding = vae_flops(vae, of.unet.config.sample_size * vae_scale(vae))
-    rest = flops - calls["encoder"] * encoding - calls["decoder"] * decoding
-    return Passes(rest / toy_unit(of), calls["encoder"], calls["decoder"])
+    toy = toy_units()
+    rest = flops - calls["encoder"] * toy.encoded - calls["decoder"] * toy.decoded
+    return Passes(rest / toy.unet, calls["encoder"], calls["decoder"])
 
 
 def passes_of_sample(module: PersonalisationModule) -> Passes:
@@ -123,8 +121,8 @@ def passes_of_sample(module: PersonalisationModule) -> Passes:
     resolution = module.backbone.unet.config.sample_size * vae_scale(module.vae)
     pictures: Any = SimpleNamespace(resolution=resolution, encoded=lambda: [None])
     if isinstance(module, TunedModule):  # which does not encode its pictures again
-        return Passes(flops_per_sample(module, pictures) / toy_unit(module.backbone), 0, 0)
-    return passes_of(lambda: flops_per_sample(module, pictures), module.backbone)
+        return Passes(flops_per_sample(module, pictures) / toy_units().unet, 0, 0)
+    return passes_of(lambda: flops_per_sample(module, pictures), module.vae)
 
 
 def passes_of_picture(pipeline: SubjectPipeline, references: int, steps: int, settings: Mapping[str, Any]) -> Passes:
@@ -135,16 +133,20 @@ def passes_of_picture(pipeline: SubjectPipeline, references: int, steps: int, se
     def counted(count: int) -> Passes:
         told: dict[str, Any] = {"class_noun": "mug", "generator": torch.Generator().manual_seed(0), **settings}
         draw = partial(pipeline, "a photo of a mug", cutouts, num_inference_steps=count, **told)
-        return passes_of(lambda: flops_of(draw), pipeline)
+        return passes_of(lambda: flops_of(draw), pipeline.vae)
 
     few, more = COUNTED_STEPS
     return counted(few).up_to(counted(more), (steps - few) / (more - few))
 
 
-def toy_unit(of: SubjectPipeline | Backbone) -> int:
-    """FLOPs of a forward pass of the toy world's UNet."""
+@cache
+def toy_units() -> Passes:
+    """FLOPs of a forward pass of the toy world's UNet, and of encoding and decoding a picture."""
+    toy = load_backbone(TOYWORLD)
     with torch.device("meta"):
-        return unet_flops(UNet2DConditionModel.from_config(of.unet.config), of.tokenizer.model_max_length)
+        unet, vae = (type(one).from_config(one.config) for one in (toy.unet, toy.vae))
+    size = unet.config.sample_size * vae_scale(vae)
+    return Passes(unet_flops(unet, toy.tokenizer.model_max_length), *vae_flops(vae, size))
 
 
 def toy_pipeline(method: Method, module: PersonalisationModule | None) -> SubjectPipeline | None:
