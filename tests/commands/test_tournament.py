@@ -323,8 +323,7 @@ def test_an_estimate_counts_trainings_tunings_and_pictures(tmp_path, toy_data, m
     unit = float(rows["UNet, a forward pass"].split()[0]) * 1e12
     parts = re.fullmatch(r"([\d.]+) EFLOP \((.*)\)", rows[total])
     assert parts is not None
-    counts = dict(one.split() for one in parts[2].split(", "))
-    data, training, tuning, drawing = (float(counts[part]) for part in ("data", "training", "tuning", "pictures"))
+    data, training, tuning, drawing = (float(one.split()[1]) for one in parts[2].split(", "))
     assert float(parts[1]) == pytest.approx(data + training + tuning + drawing, abs=0.02)
     encoding, decoding = (float(one) * 1e12 for one in re.findall(r"[\d.]+", rows["VAE, encoding; decoding a picture"]))
     # 2,000 pictures of 512 px in 10 steps of two branches.
