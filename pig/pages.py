@@ -25,9 +25,9 @@ def render(template: Path, **values: Any) -> str:
     return environment.get_template(template.name).render(**values)
 
 
-def columns_of_words(rows: Iterable[Sequence[str]]) -> list[bool]:
-    """Of each column of a table whether a cell of it has a letter."""
-    columns = zip_longest(*rows, fillvalue="")
+def columns_of_words(rows: Iterable[Sequence[str]], count: int) -> list[bool]:
+    """Of each of so many columns whether a cell of it has a letter; rows may be shorter, and there may be none."""
+    columns = zip_longest(*rows, [""] * count, fillvalue="")
     return [any(letter.isalpha() for cell in column for letter in Markup(cell).striptags()) for column in columns]
 
 

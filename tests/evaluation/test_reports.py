@@ -33,7 +33,7 @@ from pig.evaluation.protocols import PROTOCOLS
 from pig.evaluation.results import Result
 from pig.evaluation.statistics import holm, interval, sign_flip_p
 from pig.evaluation.study import questions
-from pig.pages import Markup, columns_of_words
+from pig.pages import Markup, columns_of_words, render
 
 
 def test_odd_names(bench, capsys) -> None:
@@ -213,7 +213,15 @@ def test_the_plane_ties_longer_trainings_to_their_points() -> None:
 
 def test_columns_of_words_are_set_left() -> None:
     rows = [("a_1", ".5 [.4, .6]", "1 picture"), ("b", Markup(".5 <small>[.4, .6]</small>"), ""), ("c",)]
-    assert columns_of_words(rows) == [True, False, True]
+    assert columns_of_words(rows, 4) == [True, False, True, False]
+    assert columns_of_words([], 2) == [False, False]
+
+
+def test_a_table_may_have_no_rows(tmp_path) -> None:
+    template = tmp_path / "page.html"
+    template.write_text('{% from "table.html" import table %}{{ table(["a", "b"], rows) }}')
+    assert "<th>b</th>" in render(template, rows=[])
+    assert "<td>1</td>" in render(template, rows=[("", ["1"])])
 
 
 def test_a_sweep_of_settings(tmp_path, monkeypatch, capsys) -> None:
