@@ -65,6 +65,8 @@ def plane_svg(
     axes.margins(0.12)
     if ceiling is not None:
         axes.axhline(ceiling, color="#d69a17", linestyle="--", label="real photographs")
+    if any(point.longer for point in points):
+        axes.plot([], [], "s", **HOLLOW, label=longer)
     places = []
     for point in points:
         (x, x_error), (y, y_error) = (_with_error(point.scores[score]) for score in ("clip_t", "dino"))
@@ -73,8 +75,7 @@ def plane_svg(
         if point.longer:
             x_longer, y_longer = (fmean(point.longer[score]) for score in ("clip_t", "dino"))
             axes.plot([x, x_longer], [y, y_longer], color="#117755", linewidth=1)
-            axes.plot(x_longer, y_longer, "s", **HOLLOW, label=longer)
-            longer = "_"  # which the legend leaves out: once is enough
+            axes.plot(x_longer, y_longer, "s", **HOLLOW)
             places.append(("", x_longer, y_longer))
     for name, x, y in fixed:
         axes.plot(x, y, "o", **HOLLOW)

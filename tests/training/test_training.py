@@ -172,11 +172,13 @@ def gpu_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gpu")
 
 
-LONG = [pytest.param(part, marks=pytest.mark.slow) for part in ("ladder", "batches")]
+LONG = ("ladder", "batches")
 
 
 @fast_half
-@pytest.mark.parametrize("part", [*LONG, *(part for part in gpu.PARTS if part not in ("ladder", "batches"))])
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.slow] if part in LONG else []) for part in gpu.PARTS]
+)
 def test_every_part_for_a_gpu_starts_at_tiny_width(part, gpu_folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["gpu", part, "--size=tiny", f"--out={gpu_folder}"])
     gpu.main()
